@@ -1,0 +1,256 @@
+package ivshmem
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/ivshmem-go/ivshmem/regs"
+	"github.com/ivshmem-go/ivshmem/shmem"
+)
+
+// Device is a handle of a device. An owner writes State and Interrupt
+// Control and waits; an observer looks, and may ring. It is safe for
+// concurrent use.
+type Device struct {
+	back     Backend
+	cap      regs.VendorCap
+	protocol regs.Protocol
+	id       uint32
+	peers    uint32
+	vectors  int
+	observer bool
+	release  func() error // gives the ownership back
+	wait     waiters
+	hold     bool
+
+	mu     sync.Mutex
+	closed bool
+}
+
+// Option changes what Open and New do.
+type Option func(*options)
+
+type options struct {
+	observer bool
+	sleep    Sleep
+	oneShot  bool
+	release  func() error
+}
+
+// AsObserver opens the device beside its owner: State and Interrupt Control
+// are not written, neither now nor later.
+func AsObserver() Option { return func(o *options) { o.observer = true } }
+
+// WithSleep selects how Wait sleeps.
+func WithSleep(s Sleep) Option { return func(o *options) { o.sleep = s } }
+
+// WithOneShot turns one-shot interrupt mode on (specification, "Privileged
+// Control"): after each interrupt the device stays silent until Wait arms it
+// again. Back ends whose vectors share one counter always use it.
+func WithOneShot() Option { return func(o *options) { o.oneShot = true } }
+
+// New makes a device handle of a back end, and owns it unless told to
+// observe: it writes State 0, sets one-shot mode on or off, and enables
+// interrupts. The back end is closed with the device, also if New fails.
+func New(b Backend, opts ...Option) (*Device, error) {
+	var o options
+	for _, f := range opts {
+		f(&o)
+	}
+	d := &Device{back: b, observer: o.observer, release: o.release}
+	err := d.identify()
+	if err == nil && !d.observer {
+		err = d.setOneShot(o.oneShot || b.Interrupts().Shared)
+	}
+	if err == nil {
+		err = d.wait.init(d, o)
+	}
+	if err == nil && !d.observer {
+		err = d.start()
+	}
+	if err != nil {
+		d.wait.close(err)
+		err = errors.Join(&DeviceError{Device: b.Address(), Op: "open", Err: err}, b.Close())
+		if d.release != nil {
+			d.release()
+		}
+		return nil, err
+	}
+	return d, nil
+}
+
+// identify reads what is constant, and checks that it fits together.
+func (d *Device) identify() error {
+	config, err := d.back.Config()
+	if err != nil {
+		return err
+	}
+	if len(config) < regs.ConfigUnprivileged {
+		return fmt.Errorf("%w: expected at least %d bytes, found %d", ErrConfigShort, regs.ConfigUnprivileged, len(config))
+	}
+	if d.protocol, err = regs.ConfigProtocol(config); err != nil {
+		return err
+	}
+	if d.cap, err = regs.ParseVendorCap(config); err != nil {
+		return err
+	}
+	switch m, err := regs.ParseMSIX(config); {
+	case err == nil:
+		d.vectors = m.Vectors
+	case errors.Is(err, regs.ErrNoCapability):
+		d.vectors = 1 // INTx
+	default:
+		return err
+	}
+	if d.id, err = d.load(regs.ID); err != nil {
+		return err
+	}
+	if d.peers, err = d.load(regs.MaxPeers); err != nil {
+		return err
+	}
+	if d.id >= d.peers {
+		return fmt.Errorf("register ID: expected a value below Maximum Peers, %d, found %d", d.peers, d.id)
+	}
+	if l := d.back.Sections().Layout; l.Peers != d.peers {
+		return fmt.Errorf("register Maximum Peers: expected %d, found %d", l.Peers, d.peers)
+	}
+	return nil
+}
+
+// load reads a register that never reads all ones.
+func (d *Device) load(r regs.Register) (uint32, error) {
+	v, err := d.back.Load(r)
+	if err != nil {
+		return 0, err
+	}
+	if v == regs.AllOnes {
+		return 0, fmt.Errorf("register %v reads all ones: %w", r, ErrGone)
+	}
+	return v, nil
+}
+
+// setOneShot writes Privileged Control. It is written in both directions: the
+// device may have been left in either mode.
+func (d *Device) setOneShot(on bool) error {
+	privileged := uint8(0)
+	if on {
+		privileged = regs.OneShot
+	}
+	if d.cap.Privileged == privileged {
+		return nil
+	}
+	if err := d.back.WriteConfig(d.cap.PrivilegedControl(), privileged); err != nil {
+		return fmt.Errorf("Privileged Control: %w", err)
+	}
+	return nil
+}
+
+// start is the end of the specification's start-up sequence.
+func (d *Device) start() error {
+	if err := d.back.Store(regs.State, 0); err != nil {
+		return err
+	}
+	if d.wait.set == nil {
+		return nil // nobody would see an interrupt
+	}
+	d.wait.armed = true
+	return d.back.Store(regs.InterruptControl, regs.InterruptEnable)
+}
+
+// Address is the PCI address or socket path of the device.
+func (d *Device) Address() string { return d.back.Address() }
+
+// Driver names the back end that carries the device.
+func (d *Device) Driver() string { return d.back.Driver() }
+
+// ID is the own peer ID, 0-based.
+func (d *Device) ID() uint32 { return d.id }
+
+// MaxPeers is the number of peer IDs of the link, own included.
+func (d *Device) MaxPeers() uint32 { return d.peers }
+
+// Vectors is the number of interrupt vectors, the same for all peers.
+func (d *Device) Vectors() int { return d.vectors }
+
+// Protocol is the protocol type of the link, as this peer sees it.
+func (d *Device) Protocol() regs.Protocol { return d.protocol }
+
+// Sections is the shared memory.
+func (d *Device) Sections() *shmem.Sections { return d.back.Sections() }
+
+// OneShot reports whether the handle uses one-shot interrupt mode.
+func (d *Device) OneShot() bool { return d.wait.oneShot }
+
+// HasInterrupts reports whether Wait works: the back end has interrupts, and
+// the handle is the owner's.
+func (d *Device) HasInterrupts() bool { return d.wait.set != nil }
+
+// Ring rings the doorbell of a peer. What was stored to shared memory before
+// is visible to the peer when the interrupt arrives. A peer that is absent,
+// or has interrupts disabled, is not an error: it does not notice.
+func (d *Device) Ring(peer uint32, vector int) error {
+	if peer >= d.peers {
+		return fmt.Errorf("ring: peer %d, expected a peer below %d", peer, d.peers)
+	}
+	if vector < 0 || vector >= d.vectors {
+		return fmt.Errorf("ring: vector %d, expected a vector below %d", vector, d.vectors)
+	}
+	return d.back.Store(regs.DoorbellRegister, regs.Doorbell(uint16(peer), uint16(vector)))
+}
+
+// SetState writes the own State register. If the value changed, all other
+// peers are interrupted on vector 0. State 0 means "not there".
+func (d *Device) SetState(v uint32) error {
+	if d.observer {
+		return fmt.Errorf("set state: %w: the device is held as observer", ErrNotSupported)
+	}
+	return d.back.Store(regs.State, v)
+}
+
+// State is the state of a peer, from the State Table.
+func (d *Device) State(peer uint32) (uint32, error) {
+	return d.Sections().States.Load(peer)
+}
+
+// Register reads a register, for display and diagnosis.
+func (d *Device) Register(r regs.Register) (uint32, error) { return d.back.Load(r) }
+
+// HoldState makes Close leave State as it is, for programs whose purpose is
+// to leave one behind.
+func (d *Device) HoldState() { d.hold = true }
+
+// Close ends all waits with [os.ErrClosed], writes State 0 and disables
+// interrupts if the handle is the owner's, and gives everything back.
+func (d *Device) Close() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closed {
+		return nil
+	}
+	d.closed = true
+	d.wait.close(nil)
+	var first error
+	keep := func(err error) {
+		// A device that is gone has no registers to leave in order.
+		if err != nil && first == nil && !errors.Is(err, ErrGone) {
+			first = err
+		}
+	}
+	if !d.observer {
+		if !d.hold {
+			keep(d.back.Store(regs.State, 0))
+		}
+		if d.wait.set != nil {
+			keep(d.back.Store(regs.InterruptControl, 0))
+		}
+	}
+	keep(d.back.Close())
+	if d.release != nil {
+		keep(d.release())
+	}
+	if first != nil {
+		return &DeviceError{Device: d.Address(), Op: "close", Err: first}
+	}
+	return nil
+}

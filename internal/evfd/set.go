@@ -1,0 +1,102 @@
+package evfd
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// Interrupts is how a back end's interrupts reach the process. The
+// descriptors stay the back end's.
+type Interrupts struct {
+	// FDs has one non-blocking eventfd for each vector, or one descriptor
+	// for all of them where Shared is set. Empty: the back end has no
+	// interrupts, it can only be polled.
+	FDs []int
+	// Shared says that FDs has one UIO descriptor, whose 32-bit counter
+	// counts the interrupts of all vectors.
+	Shared bool
+	// Hangup is a descriptor, such as a socket, that hangs up when the
+	// device goes away; -1 where there is none.
+	Hangup int
+}
+
+// Sleep is a way to sleep until a descriptor is ready.
+type Sleep int
+
+const (
+	// SleepThread blocks the calling thread in the kernel. Waking up is
+	// about twice as fast as through Go's poller.
+	SleepThread Sleep = iota
+	// SleepPoller parks the goroutine in Go's poller and costs no thread.
+	SleepPoller
+)
+
+// Set is a set of descriptors to sleep on, for one sleeper at a time.
+type Set struct {
+	epfd int
+	file *os.File // the same epoll instance in Go's poller
+	raw  syscall.RawConn
+	ev   [16]unix.EpollEvent
+	n    int
+	err  error
+	poll func(fd uintptr) bool // bound once, so that sleeping does not allocate
+}
+
+// NewSet returns an empty set.
+func NewSet() (*Set, error) {
+	epfd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("create epoll: %w", err)
+	}
+	s := &Set{epfd: epfd}
+	// An epoll descriptor is pollable itself, which is how the whole set
+	// gets into Go's poller as one descriptor.
+	if err := unix.SetNonblock(epfd, true); err != nil {
+		unix.Close(epfd)
+		return nil, err
+	}
+	s.file = os.NewFile(uintptr(epfd), "epoll")
+	if s.raw, err = s.file.SyscallConn(); err != nil {
+		s.file.Close()
+		return nil, err
+	}
+	s.poll = func(fd uintptr) bool {
+		s.n, s.err = Wait(int(fd), s.ev[:], 0)
+		return s.n != 0 || s.err != nil
+	}
+	return s, nil
+}
+
+// Add adds a descriptor; tag names it in the result of Wait. Events are those
+// of epoll; errors and hang-up are always reported.
+func (s *Set) Add(fd int, events uint32, tag int32) error {
+	ev := unix.EpollEvent{Events: events, Fd: tag}
+	if err := unix.EpollCtl(s.epfd, unix.EPOLL_CTL_ADD, fd, &ev); err != nil {
+		return fmt.Errorf("watch descriptor: %w", err)
+	}
+	return nil
+}
+
+// Wait sleeps until a descriptor is ready and returns what is. The result is
+// valid until the next call.
+func (s *Set) Wait(how Sleep) ([]unix.EpollEvent, error) {
+	if how == SleepThread {
+		n, err := Wait(s.epfd, s.ev[:], -1)
+		return s.ev[:max(n, 0)], err
+	}
+	if err := s.raw.Read(s.poll); err != nil {
+		if errors.Is(err, os.ErrClosed) {
+			return nil, os.ErrClosed
+		}
+		return nil, err
+	}
+	return s.ev[:max(s.n, 0)], s.err
+}
+
+// Close closes the set, not its descriptors. Nobody may be sleeping in it by
+// SleepThread.
+func (s *Set) Close() error { return s.file.Close() }

@@ -1,0 +1,35 @@
+package mem
+
+import (
+	"fmt"
+
+	"github.com/ivshmem-go/ivshmem/regs"
+	"github.com/ivshmem-go/ivshmem/shmem"
+)
+
+// Geometry works out the layout of a device's shared memory, and the own
+// peer ID, from the vendor capability in its configuration space and the
+// registers.
+func Geometry(config []byte, load func(regs.Register) (uint32, error)) (l shmem.Layout, own uint32, err error) {
+	c, err := regs.ParseVendorCap(config)
+	if err != nil {
+		return l, 0, err
+	}
+	if own, err = load(regs.ID); err != nil {
+		return l, 0, err
+	}
+	peers, err := load(regs.MaxPeers)
+	if err != nil {
+		return l, 0, err
+	}
+	if own == regs.AllOnes && peers == regs.AllOnes {
+		return l, 0, fmt.Errorf("registers read all ones: %w", regs.ErrGone)
+	}
+	if l, err = shmem.NewLayout(uint64(c.StateTable), c.ReadWrite, c.Output, peers); err != nil {
+		return l, 0, err
+	}
+	if own >= peers {
+		return l, 0, fmt.Errorf("register ID: expected a value below Maximum Peers, %d, found %d", peers, own)
+	}
+	return l, own, nil
+}

@@ -1,0 +1,141 @@
+package sysfs
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"github.com/ivshmem-go/ivshmem/internal/evfd"
+	"github.com/ivshmem-go/ivshmem/internal/fault"
+	"github.com/ivshmem-go/ivshmem/internal/mem"
+	"github.com/ivshmem-go/ivshmem/regs"
+	"github.com/ivshmem-go/ivshmem/shmem"
+)
+
+// Carrier is a back end that needs no driver: it maps the device's resource
+// files. It has no interrupts.
+type Carrier struct {
+	dev     *Device
+	window  *regs.Window
+	set     *mem.Set
+	disable bool
+
+	close sync.Once
+	err   error
+}
+
+// Open maps the device. It needs root, or access rights to the resource
+// files. A device that no driver is bound to is enabled as long as the
+// carrier is open.
+func (d *Device) Open() (*Carrier, error) {
+	c := &Carrier{dev: d}
+	if err := c.open(); err != nil {
+		c.Close()
+		return nil, err
+	}
+	return c, nil
+}
+
+func (c *Carrier) open() error {
+	fail := func(op string, err error) error {
+		e := &fault.DeviceError{Device: c.dev.Addr, Op: op, Err: err}
+		if errors.Is(err, os.ErrPermission) {
+			e.Remedy = "run as root"
+		}
+		return e
+	}
+	if c.dev.Driver == "" {
+		// Without a driver nobody switched memory decoding on.
+		if err := c.enable("1"); err != nil {
+			return fail("enable", err)
+		}
+		c.disable = true
+	}
+	_, size, ok := c.dev.BAR(0)
+	if !ok {
+		return fail("map registers", errors.New("expected BAR0 with an address, found none"))
+	}
+	f, err := os.OpenFile(filepath.Join(c.dev.FullPath, "resource0"), os.O_RDWR, 0)
+	if err != nil {
+		return fail("map registers", err)
+	}
+	c.window, err = regs.MapWindow(f.Fd(), 0, int(min(size, regs.RegionSize)))
+	f.Close()
+	if err != nil {
+		return fail("map registers", err)
+	}
+	config, err := c.Config()
+	if err != nil {
+		return fail("read configuration space", err)
+	}
+	layout, own, err := mem.Geometry(config, c.window.Load)
+	if err != nil {
+		return fail("read geometry", err)
+	}
+	_, size, ok = c.dev.BAR(2)
+	if !ok {
+		return &fault.DeviceError{Device: c.dev.Addr, Op: "map shared memory",
+			Err:    fmt.Errorf("%w: the device has no BAR2, its shared memory can be reached through a kernel driver only", fault.ErrNotSupported),
+			Remedy: "bind it to uio_ivshmem"}
+	}
+	if err := layout.CheckRegion(size); err != nil {
+		return fail("map shared memory", err)
+	}
+	f, err = os.OpenFile(filepath.Join(c.dev.FullPath, "resource2"), os.O_RDWR, 0)
+	if err != nil {
+		return fail("map shared memory", err)
+	}
+	defer f.Close()
+	if c.set, err = mem.MapSections(int(f.Fd()), 0, layout, own, true); err != nil {
+		return fail("map shared memory", err)
+	}
+	return nil
+}
+
+func (c *Carrier) enable(v string) error {
+	return os.WriteFile(filepath.Join(c.dev.FullPath, "enable"), []byte(v), 0)
+}
+
+// Address is the PCI address.
+func (c *Carrier) Address() string { return c.dev.Addr }
+
+// Driver is "sysfs".
+func (c *Carrier) Driver() string { return "sysfs" }
+
+// Config reads the configuration space.
+func (c *Carrier) Config() ([]byte, error) { return c.dev.ReadConfig() }
+
+// WriteConfig writes one byte of the configuration space.
+func (c *Carrier) WriteConfig(offset int, v uint8) error { return c.dev.writeConfig(offset, v) }
+
+// Load reads a register.
+func (c *Carrier) Load(r regs.Register) (uint32, error) { return c.window.Load(r) }
+
+// Store writes a register.
+func (c *Carrier) Store(r regs.Register, v uint32) error { return c.window.Store(r, v) }
+
+// Sections is the shared memory.
+func (c *Carrier) Sections() *shmem.Sections { return &c.set.Sections }
+
+// Interrupts says that there are none.
+func (c *Carrier) Interrupts() evfd.Interrupts { return evfd.Interrupts{Hangup: -1} }
+
+// Close unmaps the device.
+func (c *Carrier) Close() error {
+	c.close.Do(func() {
+		var errs []error
+		if c.window != nil {
+			errs = append(errs, c.window.Close())
+		}
+		if c.set != nil {
+			errs = append(errs, c.set.Close())
+		}
+		if c.disable {
+			errs = append(errs, c.enable("0"))
+		}
+		c.err = errors.Join(errs...)
+	})
+	return c.err
+}

@@ -1,0 +1,195 @@
+package link
+
+import (
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ivshmem-go/ivshmem/internal/evfd"
+	"github.com/ivshmem-go/ivshmem/regs"
+)
+
+// doorbells are the doorbell eventfds of a link: one per peer ID and vector,
+// made when first asked for, and kept for the life of the link, so that a
+// sender's descriptor never goes stale, whoever takes the ID. Writing one is
+// the same as writing the Doorbell register.
+//
+// A target that reads its doorbell eventfd itself is direct: the link is not
+// in the way. For every other one the link reads it and rings the doorbell.
+type doorbells struct {
+	link *Link
+	epfd int
+	stop int // eventfd that ends the loop
+	done chan struct{}
+
+	mu  sync.Mutex
+	fds map[uint32]*doorbell // by value of the Doorbell register
+}
+
+type doorbell struct {
+	fd     int
+	direct bool
+}
+
+// DoorbellFD returns the eventfd that rings vector at the peer target. It
+// belongs to the link.
+func (l *Link) DoorbellFD(target, vector uint16) (int, error) {
+	d, err := l.doorbells()
+	if err != nil {
+		return -1, err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	key := regs.Doorbell(target, vector)
+	if b := d.fds[key]; b != nil {
+		return b.fd, nil
+	}
+	fd, err := evfd.New()
+	if err != nil {
+		return -1, err
+	}
+	d.fds[key] = &doorbell{fd: fd}
+	if err := d.watch(key, fd); err != nil {
+		unix.Close(fd)
+		delete(d.fds, key)
+		return -1, err
+	}
+	return fd, nil
+}
+
+// SetDirect says whether the peer reads its doorbell eventfd of a vector
+// itself. It has an effect only where that eventfd was asked for before.
+func (p *Peer) SetDirect(vector uint16, direct bool) {
+	l := p.link
+	l.mu.Lock()
+	d := l.doorbell
+	l.mu.Unlock()
+	if d == nil {
+		return
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	key := regs.Doorbell(uint16(p.id), vector)
+	b := d.fds[key]
+	if b == nil || b.direct == direct {
+		return
+	}
+	d.set(key, b, direct)
+}
+
+// IsDoorbell reports whether fd is the peer's own doorbell eventfd of a
+// vector, however the descriptor came here.
+func (p *Peer) IsDoorbell(vector uint16, fd int) bool {
+	l := p.link
+	l.mu.Lock()
+	d := l.doorbell
+	l.mu.Unlock()
+	if d == nil {
+		return false
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	b := d.fds[regs.Doorbell(uint16(p.id), vector)]
+	if b == nil {
+		return false
+	}
+	own, ok := evfd.Number(b.fd)
+	other, ok2 := evfd.Number(fd)
+	return ok && ok2 && own == other
+}
+
+func (l *Link) doorbells() (*doorbells, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.doorbell != nil {
+		return l.doorbell, nil
+	}
+	d := &doorbells{link: l, fds: map[uint32]*doorbell{}, done: make(chan struct{})}
+	var err error
+	if d.stop, err = evfd.New(); err != nil {
+		return nil, err
+	}
+	if d.epfd, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
+		unix.Close(d.stop)
+		return nil, err
+	}
+	ev := unix.EpollEvent{Events: unix.EPOLLIN, Fd: -1}
+	if err := unix.EpollCtl(d.epfd, unix.EPOLL_CTL_ADD, d.stop, &ev); err != nil {
+		unix.Close(d.stop)
+		unix.Close(d.epfd)
+		return nil, err
+	}
+	l.doorbell = d
+	go d.forward()
+	return d, nil
+}
+
+// watch makes the link read a doorbell eventfd. The event carries the value
+// of the Doorbell register; Pad 1 tells it from the stop event.
+func (d *doorbells) watch(key uint32, fd int) error {
+	ev := unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(key), Pad: 1}
+	return unix.EpollCtl(d.epfd, unix.EPOLL_CTL_ADD, fd, &ev)
+}
+
+// set changes who reads a doorbell eventfd. The caller holds d.mu.
+func (d *doorbells) set(key uint32, b *doorbell, direct bool) {
+	if direct {
+		unix.EpollCtl(d.epfd, unix.EPOLL_CTL_DEL, b.fd, nil)
+	} else {
+		// What the former reader left there is not for the next.
+		evfd.Drain(b.fd)
+		if d.watch(key, b.fd) != nil {
+			return
+		}
+	}
+	b.direct = direct
+}
+
+// indirect takes all doorbell eventfds of a peer back when it leaves.
+func (d *doorbells) indirect(id uint32) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for key, b := range d.fds {
+		if target, _ := regs.SplitDoorbell(key); uint32(target) == id && b.direct {
+			d.set(key, b, false)
+		}
+	}
+}
+
+// forward rings the doorbells of targets that do not read their eventfds.
+func (d *doorbells) forward() {
+	defer close(d.done)
+	ev := make([]unix.EpollEvent, 64)
+	for {
+		n, err := evfd.Wait(d.epfd, ev, -1)
+		if err != nil {
+			return
+		}
+		for _, e := range ev[:n] {
+			if e.Pad == 0 {
+				return
+			}
+			key := uint32(e.Fd)
+			d.mu.Lock()
+			b := d.fds[key]
+			rung := b != nil && !b.direct && evfd.Drain(b.fd)
+			d.mu.Unlock()
+			if rung {
+				d.link.ring(regs.SplitDoorbell(key))
+			}
+		}
+	}
+}
+
+func (d *doorbells) close() {
+	evfd.Signal(d.stop)
+	<-d.done
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, b := range d.fds {
+		unix.Close(b.fd)
+	}
+	clear(d.fds)
+	unix.Close(d.epfd)
+	unix.Close(d.stop)
+}

@@ -1,0 +1,274 @@
+package pcidev
+
+import (
+	"encoding/binary"
+	"fmt"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ivshmem-go/ivshmem/link"
+	"github.com/ivshmem-go/ivshmem/regs"
+	"github.com/ivshmem-go/ivshmem/shmem"
+	"github.com/ivshmem-go/ivshmem/vfiouser"
+)
+
+// Mode says what of the shared memory is mapped into a guest. What is not
+// mapped costs a message for each access, and is protected.
+type Mode int
+
+const (
+	// ModeState keeps the State Table from being mapped: its accesses trap,
+	// and writes to it have no effect. The default.
+	ModeState Mode = iota
+	// ModeShared maps all of the shared memory: everything at full speed, and
+	// every peer can write every section.
+	ModeShared
+)
+
+// ParseMode reads a mode's name, "state" or "shared".
+func ParseMode(s string) (Mode, error) {
+	switch s {
+	case "state":
+		return ModeState, nil
+	case "shared":
+		return ModeShared, nil
+	}
+	return 0, fmt.Errorf("mode %q: expected state or shared", s)
+}
+
+// Options of a function.
+type Options struct {
+	Mode      Mode
+	Subsystem Subsystem // zero: 110A:4106
+}
+
+// Function is one peer as a PCI function. It implements [vfiouser.Device].
+type Function struct {
+	peer   *link.Peer
+	layout shmem.Layout
+	memory *shmem.ReadWrite // the whole region
+	config *space
+	irq    *vectors
+	region [vfiouser.NumRegions]vfiouser.Region
+}
+
+var _ vfiouser.Device = (*Function)(nil)
+
+// New attaches a peer to the link and makes it a function. The error wraps
+// [link.ErrFull] where no peer ID is free.
+func New(l *link.Link, o Options) (*Function, error) {
+	c, layout := l.Config(), l.Layout()
+	memory, err := l.Memory().ReadWrite("shared memory", 0, layout.Total())
+	if err != nil {
+		return nil, err
+	}
+	irq := &vectors{slots: make([]slot, c.Vectors)}
+	peer, err := l.Attach(irq)
+	if err != nil {
+		return nil, err
+	}
+	if o.Subsystem == (Subsystem{}) {
+		o.Subsystem = defaultSubsystem
+	}
+	f := &Function{
+		peer: peer, layout: layout, memory: memory, irq: irq,
+		config: newSpace(c, layout, peer.ID(), o.Subsystem),
+	}
+	access := vfiouser.RegionRead | vfiouser.RegionWrite
+	shared := vfiouser.Region{
+		Flags: access | vfiouser.RegionMmap, Size: bar2Size(layout), FD: l.FD(),
+		Areas: []vfiouser.Area{{Offset: 0, Size: layout.Total()}},
+	}
+	if o.Mode == ModeState {
+		// One area from the end of the State Table on; a link that is
+		// nothing but a State Table has none.
+		shared.Areas[0] = vfiouser.Area{Offset: layout.StateTable, Size: layout.Total() - layout.StateTable}
+		if shared.Areas[0].Size == 0 {
+			shared.Flags, shared.Areas, shared.FD = access, nil, -1
+		}
+	}
+	f.region[vfiouser.RegionBAR0] = vfiouser.Region{Flags: access, Size: regs.RegionSize}
+	f.region[vfiouser.RegionBAR1] = vfiouser.Region{Flags: access, Size: bar1Size(c.Vectors)}
+	f.region[vfiouser.RegionBAR2] = shared
+	f.region[vfiouser.RegionConfig] = vfiouser.Region{Flags: access, Size: regs.ConfigSize}
+	return f, nil
+}
+
+// ID is the peer ID of the function.
+func (f *Function) ID() uint32 { return f.peer.ID() }
+
+// Close disconnects the peer from the link and closes the client's eventfds.
+func (f *Function) Close() {
+	f.peer.Detach()
+	f.irq.close()
+}
+
+// Region implements [vfiouser.Device].
+func (f *Function) Region(index uint32) vfiouser.Region { return f.region[index] }
+
+// ReadRegion implements [vfiouser.Device].
+func (f *Function) ReadRegion(index uint32, offset uint64, p []byte) error {
+	clear(p)
+	switch index {
+	case vfiouser.RegionConfig:
+		copy(p, f.config.value[offset:])
+	case vfiouser.RegionBAR0:
+		if len(p) == 4 && offset%4 == 0 && offset <= uint64(regs.State) {
+			binary.LittleEndian.PutUint32(p, f.peer.Load(regs.Register(offset)))
+		}
+	case vfiouser.RegionBAR2:
+		f.readShared(offset, p)
+	}
+	// BAR1: QEMU has the MSI-X table itself; the pending bits always read 0.
+	return nil
+}
+
+// WriteRegion implements [vfiouser.Device].
+func (f *Function) WriteRegion(index uint32, offset uint64, p []byte) error {
+	switch index {
+	case vfiouser.RegionConfig:
+		f.config.write(offset, p)
+		f.peer.SetOneShot(f.config.oneShot())
+		f.irq.setEnabled(f.config.msixEnabled())
+	case vfiouser.RegionBAR0:
+		if len(p) == 4 && offset%4 == 0 && offset <= uint64(regs.State) {
+			f.peer.Store(regs.Register(offset), binary.LittleEndian.Uint32(p))
+		}
+	case vfiouser.RegionBAR2:
+		f.writeShared(offset, p)
+	}
+	return nil
+}
+
+// readShared reads shared memory that is not mapped. States come from the
+// link's own copy, never from memory that a peer can write.
+func (f *Function) readShared(offset uint64, p []byte) {
+	for len(p) > 0 && offset < f.layout.StateTable {
+		var entry [4]byte
+		binary.LittleEndian.PutUint32(entry[:], f.peer.StateOf(uint32(offset/4)))
+		n := copy(p, entry[offset%4:])
+		p, offset = p[n:], offset+uint64(n)
+	}
+	if offset >= f.layout.Total() {
+		return
+	}
+	p = p[:min(uint64(len(p)), f.layout.Total()-offset)]
+	// An access of a guest's register width is one access to memory too.
+	switch {
+	case len(p) == 8 && offset%8 == 0:
+		v, _ := f.memory.Load64(offset)
+		binary.LittleEndian.PutUint64(p, v)
+	case len(p) == 4 && offset%4 == 0:
+		v, _ := f.memory.Load32(offset)
+		binary.LittleEndian.PutUint32(p, v)
+	case len(p) == 2 && offset%2 == 0:
+		v, _ := f.memory.Load16(offset)
+		binary.LittleEndian.PutUint16(p, v)
+	default:
+		f.memory.ReadAt(p, int64(offset))
+	}
+}
+
+// writeShared writes shared memory that is not mapped, as far as it is the
+// peer's to write: the R/W section and its own output section.
+func (f *Function) writeShared(offset uint64, p []byte) {
+	l := f.layout
+	own := l.OutputOffset(f.peer.ID())
+	f.writePart(offset, p, l.ReadWriteOffset(), l.ReadWrite)
+	f.writePart(offset, p, own, l.Output)
+}
+
+// writePart writes the bytes of p at offset that lie in [start, start+size).
+func (f *Function) writePart(offset uint64, p []byte, start, size uint64) {
+	end := min(offset+uint64(len(p)), start+size)
+	from := max(offset, start)
+	if from >= end {
+		return
+	}
+	p, offset = p[from-offset:end-offset], from
+	switch {
+	case len(p) == 8 && offset%8 == 0:
+		f.memory.Store64(offset, binary.LittleEndian.Uint64(p))
+	case len(p) == 4 && offset%4 == 0:
+		f.memory.Store32(offset, binary.LittleEndian.Uint32(p))
+	case len(p) == 2 && offset%2 == 0:
+		f.memory.Store16(offset, binary.LittleEndian.Uint16(p))
+	default:
+		f.memory.WriteAt(p, int64(offset))
+	}
+}
+
+// IOFDs implements [vfiouser.Device]: the doorbell eventfds of all peers, for
+// host processes. They stand for one value of the Doorbell register each.
+func (f *Function) IOFDs(index uint32, limit int) []vfiouser.IOFD {
+	if index != vfiouser.RegionBAR0 {
+		return nil
+	}
+	l := f.peer.Link()
+	c := l.Config()
+	// Vector by vector, so that where not all fit every peer has some.
+	fds := make([]vfiouser.IOFD, 0, min(limit, int(c.Peers)*int(c.Vectors)))
+	for vector := range c.Vectors {
+		for target := range c.Peers {
+			if len(fds) == limit {
+				return fds
+			}
+			fd, err := l.DoorbellFD(uint16(target), vector)
+			if err != nil {
+				return fds // out of descriptors: the rest rings by message
+			}
+			fds = append(fds, vfiouser.IOFD{
+				Offset: uint64(regs.DoorbellRegister), Size: 4,
+				Match: true, Data: uint64(regs.Doorbell(uint16(target), vector)), FD: fd,
+			})
+		}
+	}
+	return fds
+}
+
+// IRQ implements [vfiouser.Device]. Without the NORESIZE flag QEMU adds
+// vectors one at a time instead of withdrawing all of them.
+func (f *Function) IRQ(index uint32) vfiouser.IRQ {
+	if index != vfiouser.IRQMSIX {
+		return vfiouser.IRQ{}
+	}
+	return vfiouser.IRQ{Flags: vfiouser.IRQEventFD, Count: uint32(len(f.irq.slots))}
+}
+
+// SetIRQs implements [vfiouser.Device].
+func (f *Function) SetIRQs(s vfiouser.IRQSet) error {
+	if s.Index != vfiouser.IRQMSIX {
+		return fmt.Errorf("interrupt index %d: expected MSI-X (%d): %w", s.Index, vfiouser.IRQMSIX, unix.EINVAL)
+	}
+	switch {
+	case s.Action != vfiouser.IRQTrigger:
+		// QEMU masks in its own table; a mask that comes over the wire has
+		// nothing to act on (IRQ_INFO does not announce maskable).
+	case s.EventFD && len(s.FDs) > 0:
+		for i, fd := range s.FDs {
+			vector := uint16(s.Start) + uint16(i)
+			f.peer.SetDirect(vector, f.peer.IsDoorbell(vector, fd))
+		}
+		f.irq.assign(s.Start, slices.Clone(s.FDs))
+	case s.EventFD, s.Count == 0:
+		start, count := s.Start, s.Count
+		if count == 0 {
+			start, count = 0, uint32(len(f.irq.slots))
+		}
+		for i := range count {
+			f.peer.SetDirect(uint16(start+i), false)
+		}
+		f.irq.withdraw(start, count)
+	default:
+		f.irq.trigger(s)
+	}
+	return nil
+}
+
+// Reset implements [vfiouser.Device].
+func (f *Function) Reset() {
+	f.config.value = f.config.reset
+	f.irq.reset()
+	f.peer.Reset()
+}

@@ -1,0 +1,114 @@
+package ivshmem
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/ivshmem-go/ivshmem/internal/fault"
+	"github.com/ivshmem-go/ivshmem/internal/sysfs"
+	"github.com/ivshmem-go/ivshmem/peer"
+	"github.com/ivshmem-go/ivshmem/regs"
+	"github.com/ivshmem-go/ivshmem/vfio"
+)
+
+// Found is a device that Discover found on the PCI bus.
+type Found struct {
+	Address  string // PCI address: domain:bus:device.function
+	Protocol regs.Protocol
+	Driver   string // bound kernel driver, "" if none
+}
+
+// Discover lists the ivshmem v2 devices of this machine's PCI bus, in the
+// order of their addresses. It needs no privileges. Devices that cannot be
+// read are in the error, beside the others.
+func Discover() ([]Found, error) {
+	devices, err := sysfs.Root.Devices()
+	found := make([]Found, 0, len(devices))
+	for _, d := range devices {
+		p, perr := regs.ProtocolOf(d.Class)
+		if perr != nil {
+			err = errors.Join(err, &DeviceError{Device: d.Addr, Op: "read class", Err: perr})
+			continue
+		}
+		found = append(found, Found{Address: d.Addr, Protocol: p, Driver: d.Driver})
+	}
+	return found, err
+}
+
+// Open opens a device: by PCI address ("0000:00:04.0", "00:04.0"), by the path
+// of a link's socket (anything with a slash), or, with an empty address, the
+// only device of this machine.
+//
+// A PCI device is reached through the driver it is bound to: vfio-pci, with
+// interrupts; otherwise plain sysfs, which can only poll. An owner locks it.
+func Open(address string, opts ...Option) (*Device, error) {
+	if strings.Contains(address, "/") {
+		b, err := peer.Dial(address)
+		if err != nil {
+			return nil, err
+		}
+		return New(b, opts...)
+	}
+	dev, err := find(address)
+	if err != nil {
+		return nil, err
+	}
+	return openPCI(dev, opts)
+}
+
+// find looks a PCI device up; an empty address is the only one there is.
+func find(address string) (*sysfs.Device, error) {
+	if address == "" {
+		found, err := sysfs.Root.Devices()
+		if len(found) == 0 {
+			return nil, errors.Join(err, fmt.Errorf("%w: expected an ivshmem v2 device (110a:4106) on the PCI bus, found none: give the path of a link's socket, or start this machine with the device", ErrNotFound))
+		}
+		if len(found) > 1 {
+			return nil, fmt.Errorf("%d devices found: choose one by its address, `ivshctl list` shows them", len(found))
+		}
+		return found[0], nil
+	}
+	full, ok := sysfs.FullAddress(address)
+	if !ok {
+		return nil, fmt.Errorf("device %q: expected a PCI address such as 0000:00:04.0, or the path of a socket with a slash in it", address)
+	}
+	return sysfs.Root.Device(full)
+}
+
+func openPCI(dev *sysfs.Device, opts []Option) (*Device, error) {
+	var o options
+	for _, f := range opts {
+		f(&o)
+	}
+	release := func() error { return nil }
+	if !o.observer {
+		var err error
+		if release, err = dev.Own(); err != nil {
+			return nil, &fault.DeviceError{Device: dev.Addr, Op: "open", Err: err}
+		}
+	}
+	var b Backend
+	var err error
+	if dev.Driver == vfio.Driver {
+		b, err = openVFIO(dev, o.observer)
+	} else {
+		b, err = dev.Open()
+	}
+	if err != nil {
+		release()
+		return nil, err
+	}
+	return New(b, append(opts, func(o *options) { o.release = release })...)
+}
+
+// openVFIO opens a device through vfio-pci. The kernel lets one process have
+// it at a time, so an observer gets it only while there is no owner.
+func openVFIO(dev *sysfs.Device, observer bool) (Backend, error) {
+	if o, owned := dev.Owner(); owned && observer {
+		return nil, &DeviceError{Device: dev.Addr, Op: "observe",
+			Err:    fmt.Errorf("%w: %v owns the device, and vfio-pci lets nobody else see its registers and memory", ErrBusy, o),
+			Remedy: "ask that process"}
+	}
+	return vfio.Open(dev.Addr)
+}

@@ -1,0 +1,262 @@
+package shmem
+
+import (
+	"fmt"
+	"os"
+	"runtime"
+	"sync/atomic"
+	"unsafe"
+)
+
+// Memory is a piece of mapped shared memory. Views keep it reachable, and
+// check on each access that it was not closed: whoever maps memory hands out
+// views of it and calls Close before the mapping ends.
+type Memory struct {
+	base   unsafe.Pointer
+	size   uint64
+	closed atomic.Bool
+}
+
+// NewMemory wraps b, which has to be aligned to 8 bytes (mappings are aligned
+// to pages) and stay in place until no view refers to the Memory any more.
+func NewMemory(b []byte) (*Memory, error) {
+	p := unsafe.Pointer(unsafe.SliceData(b))
+	if uintptr(p)%8 != 0 {
+		return nil, fmt.Errorf("shared memory: expected an address aligned to 8 bytes, found %p", p)
+	}
+	return &Memory{base: p, size: uint64(len(b))}, nil
+}
+
+// Size is the size in bytes.
+func (m *Memory) Size() uint64 { return m.size }
+
+// Close ends all views: from now on each access fails with [os.ErrClosed].
+func (m *Memory) Close() { m.closed.Store(true) }
+
+// ReadOnly returns a view of n bytes at offset that cannot store. The name
+// appears in errors.
+func (m *Memory) ReadOnly(name string, offset, n uint64) (*ReadOnly, error) {
+	if offset > m.size || n > m.size-offset {
+		return nil, &BoundsError{Section: name, Offset: offset, Width: n, Size: m.size}
+	}
+	if offset%8 != 0 {
+		return nil, &AlignmentError{Section: name, Offset: offset, Width: 8}
+	}
+	return &ReadOnly{mem: m, base: unsafe.Add(m.base, offset), size: n, name: name}, nil
+}
+
+// ReadWrite returns a view of n bytes at offset that can store.
+func (m *Memory) ReadWrite(name string, offset, n uint64) (*ReadWrite, error) {
+	v, err := m.ReadOnly(name, offset, n)
+	if err != nil {
+		return nil, err
+	}
+	return &ReadWrite{*v}, nil
+}
+
+// BoundsError is an access outside a section.
+type BoundsError struct {
+	Section string
+	Offset  uint64 // bytes
+	Width   uint64 // bytes
+	Size    uint64 // of the section, bytes
+}
+
+func (e *BoundsError) Error() string {
+	return fmt.Sprintf("%s: access to %d bytes at offset %#x, expected to stay inside %#x bytes", e.Section, e.Width, e.Offset, e.Size)
+}
+
+// AlignmentError is an atomic access whose offset is not a multiple of its
+// width.
+type AlignmentError struct {
+	Section string
+	Offset  uint64 // bytes
+	Width   uint64 // bytes
+}
+
+func (e *AlignmentError) Error() string {
+	return fmt.Sprintf("%s: access of %d bytes at offset %#x, expected a multiple of %d", e.Section, e.Width, e.Offset, e.Width)
+}
+
+// ReadOnly is a view of a section, or of a part of one, without a way to
+// store. It implements [io.ReaderAt]. Safe for concurrent use.
+type ReadOnly struct {
+	mem  *Memory
+	base unsafe.Pointer
+	size uint64
+	name string
+}
+
+// Name is the name of the section, as the specification has it.
+func (v *ReadOnly) Name() string { return v.name }
+
+// Size is the size of the view in bytes.
+func (v *ReadOnly) Size() uint64 { return v.size }
+
+// View returns a view of n bytes at offset of this one. The offset has to be
+// a multiple of 8.
+func (v *ReadOnly) View(offset, n uint64) (*ReadOnly, error) {
+	if _, err := v.at(offset, n, 8); err != nil {
+		return nil, err
+	}
+	w := *v
+	w.base, w.size = unsafe.Add(v.base, offset), n
+	return &w, nil
+}
+
+// at checks an access and returns its address. Callers keep v.mem alive until
+// the access is over.
+func (v *ReadOnly) at(offset, width, align uint64) (unsafe.Pointer, error) {
+	if offset > v.size || width > v.size-offset || offset&(align-1) != 0 || v.mem.closed.Load() {
+		return nil, v.refuse(offset, width, align)
+	}
+	return unsafe.Add(v.base, offset), nil
+}
+
+// refuse is apart from at so that at stays small enough to be inlined.
+//
+//go:noinline
+func (v *ReadOnly) refuse(offset, width, align uint64) error {
+	switch {
+	case v.mem.closed.Load():
+		return fmt.Errorf("%s: %w", v.name, os.ErrClosed)
+	case offset > v.size || width > v.size-offset:
+		return &BoundsError{Section: v.name, Offset: offset, Width: width, Size: v.size}
+	default:
+		return &AlignmentError{Section: v.name, Offset: offset, Width: align}
+	}
+}
+
+// Load8 loads the byte at offset, with acquire ordering.
+func (v *ReadOnly) Load8(offset uint64) (uint8, error) {
+	p, err := v.at(offset, 1, 1)
+	if err != nil {
+		return 0, err
+	}
+	x := load8(p)
+	runtime.KeepAlive(v.mem)
+	return x, nil
+}
+
+// Load16 loads the 16-bit value at offset, a multiple of 2, with acquire
+// ordering.
+func (v *ReadOnly) Load16(offset uint64) (uint16, error) {
+	p, err := v.at(offset, 2, 2)
+	if err != nil {
+		return 0, err
+	}
+	x := load16(p)
+	runtime.KeepAlive(v.mem)
+	return x, nil
+}
+
+// Load32 loads the 32-bit value at offset, a multiple of 4, with acquire
+// ordering.
+func (v *ReadOnly) Load32(offset uint64) (uint32, error) {
+	p, err := v.at(offset, 4, 4)
+	if err != nil {
+		return 0, err
+	}
+	x := atomic.LoadUint32((*uint32)(p))
+	runtime.KeepAlive(v.mem)
+	return x, nil
+}
+
+// Load64 loads the 64-bit value at offset, a multiple of 8, with acquire
+// ordering.
+func (v *ReadOnly) Load64(offset uint64) (uint64, error) {
+	p, err := v.at(offset, 8, 8)
+	if err != nil {
+		return 0, err
+	}
+	x := atomic.LoadUint64((*uint64)(p))
+	runtime.KeepAlive(v.mem)
+	return x, nil
+}
+
+// ReadAt copies len(p) bytes at offset into p. The copy is not atomic: a peer
+// may change the bytes under it. Unlike most readers it copies all or, with
+// an error, nothing. Offset and length may be unaligned; the section itself
+// is accessed aligned only, which memory mapped as device memory needs.
+func (v *ReadOnly) ReadAt(p []byte, offset int64) (int, error) {
+	src, err := v.at(uint64(offset), uint64(len(p)), 1)
+	if err != nil {
+		return 0, err
+	}
+	copyFrom(p, src)
+	runtime.KeepAlive(v.mem)
+	return len(p), nil
+}
+
+// ReadWrite is a view that can store: of the R/W section or of the own output
+// section. It implements [io.ReaderAt] and [io.WriterAt].
+type ReadWrite struct{ ReadOnly }
+
+// View returns a view of n bytes at offset of this one. The offset has to be
+// a multiple of 8.
+func (v *ReadWrite) View(offset, n uint64) (*ReadWrite, error) {
+	r, err := v.ReadOnly.View(offset, n)
+	if err != nil {
+		return nil, err
+	}
+	return &ReadWrite{*r}, nil
+}
+
+// Store8 stores the byte at offset, with release ordering.
+func (v *ReadWrite) Store8(offset uint64, x uint8) error {
+	p, err := v.at(offset, 1, 1)
+	if err != nil {
+		return err
+	}
+	store8(p, x)
+	runtime.KeepAlive(v.mem)
+	return nil
+}
+
+// Store16 stores the 16-bit value at offset, a multiple of 2, with release
+// ordering.
+func (v *ReadWrite) Store16(offset uint64, x uint16) error {
+	p, err := v.at(offset, 2, 2)
+	if err != nil {
+		return err
+	}
+	store16(p, x)
+	runtime.KeepAlive(v.mem)
+	return nil
+}
+
+// Store32 stores the 32-bit value at offset, a multiple of 4. It is ordered
+// before and after all other accesses of this goroutine (sequentially
+// consistent).
+func (v *ReadWrite) Store32(offset uint64, x uint32) error {
+	p, err := v.at(offset, 4, 4)
+	if err != nil {
+		return err
+	}
+	atomic.StoreUint32((*uint32)(p), x)
+	runtime.KeepAlive(v.mem)
+	return nil
+}
+
+// Store64 stores the 64-bit value at offset, a multiple of 8, like Store32.
+func (v *ReadWrite) Store64(offset uint64, x uint64) error {
+	p, err := v.at(offset, 8, 8)
+	if err != nil {
+		return err
+	}
+	atomic.StoreUint64((*uint64)(p), x)
+	runtime.KeepAlive(v.mem)
+	return nil
+}
+
+// WriteAt copies p to offset, all of it or, with an error, nothing. See
+// ReadAt for alignment and atomicity.
+func (v *ReadWrite) WriteAt(p []byte, offset int64) (int, error) {
+	dst, err := v.at(uint64(offset), uint64(len(p)), 1)
+	if err != nil {
+		return 0, err
+	}
+	copyTo(dst, p)
+	runtime.KeepAlive(v.mem)
+	return len(p), nil
+}

@@ -1,0 +1,94 @@
+package vfio
+
+import (
+	"fmt"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Facts of the kernel's VFIO interface (Linux, include/uapi/linux/vfio.h).
+// The request numbers have no size encoded: _IO(';', 100 + n).
+const (
+	ioctlCheckExtension    = 0x3b65
+	ioctlSetIOMMU          = 0x3b66
+	ioctlGroupStatus       = 0x3b67
+	ioctlGroupSetContainer = 0x3b68
+	ioctlGroupGetDevice    = 0x3b6a
+	ioctlRegionInfo        = 0x3b6c
+	ioctlIRQInfo           = 0x3b6d
+	ioctlSetIRQs           = 0x3b6e
+
+	iommuType1v2 = 3
+
+	groupViable = 1
+
+	irqSetDataNone    = 1 << 0
+	irqSetDataEventFD = 1 << 2
+	irqSetTrigger     = 1 << 5
+
+	regionFlagMmap = 1 << 2
+
+	regionBAR0   = 0
+	regionBAR2   = 2
+	regionConfig = 7
+	irqMSIX      = 2
+)
+
+type groupStatus struct{ argsz, flags uint32 }
+
+type regionInfo struct {
+	argsz, flags, index, capOffset uint32
+	size, offset                   uint64
+}
+
+type irqInfo struct{ argsz, flags, index, count uint32 }
+
+type irqSet struct{ argsz, flags, index, start, count uint32 }
+
+func ioctl(fd int, request uintptr, arg unsafe.Pointer) (int, error) {
+	for {
+		n, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), request, uintptr(arg))
+		switch errno {
+		case 0:
+			return int(n), nil
+		case unix.EINTR:
+			continue
+		}
+		return 0, errno
+	}
+}
+
+func ioctlInt(fd int, request, arg uintptr) (int, error) {
+	n, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), request, arg)
+	if errno != 0 {
+		return 0, errno
+	}
+	return int(n), nil
+}
+
+func regionOf(device int, index uint32) (regionInfo, error) {
+	i := regionInfo{index: index}
+	i.argsz = uint32(unsafe.Sizeof(i))
+	if _, err := ioctl(device, ioctlRegionInfo, unsafe.Pointer(&i)); err != nil {
+		return i, fmt.Errorf("VFIO region %d: %w", index, err)
+	}
+	return i, nil
+}
+
+// setEventFDs connects vectors 0 … of the MSI-X index to eventfds; none
+// disconnects all.
+func setEventFDs(device int, fds []int) error {
+	const head = unsafe.Sizeof(irqSet{})
+	b := make([]uint32, int(head)/4+len(fds))
+	s := (*irqSet)(unsafe.Pointer(&b[0]))
+	*s = irqSet{argsz: uint32(4 * len(b)), flags: irqSetDataEventFD | irqSetTrigger, index: irqMSIX, count: uint32(len(fds))}
+	if len(fds) == 0 {
+		s.flags = irqSetDataNone | irqSetTrigger
+	}
+	for i, fd := range fds {
+		b[int(head)/4+i] = uint32(fd)
+	}
+	_, err := ioctl(device, ioctlSetIRQs, unsafe.Pointer(s))
+	return err
+}

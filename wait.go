@@ -1,0 +1,345 @@
+package ivshmem
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ivshmem-go/ivshmem/internal/evfd"
+	"github.com/ivshmem-go/ivshmem/regs"
+)
+
+// Tags of the set's descriptors that are no vectors.
+const (
+	tagKick   = -1
+	tagHangup = -2
+)
+
+// waiters is everybody who waits for interrupts of a device. One of them, the
+// leader, sleeps for all; it looks after the others' conditions and wakes
+// those that hold. When its own holds it leaves, and another leads.
+type waiters struct {
+	device  *Device
+	set     *evfd.Set // nil: no interrupts
+	sleep   Sleep
+	oneShot bool
+	shared  bool  // one UIO counter for all vectors
+	fds     []int // by vector
+	kick    int   // eventfd that wakes the leader
+	counts  []atomic.Uint64
+	// armed is false once an interrupt disarmed the device in one-shot mode.
+	// It belongs to the leader.
+	armed bool
+
+	mu      sync.Mutex
+	all     []*waiter
+	leading bool
+	end     error         // why nobody can wait any more
+	idle    chan struct{} // closed when the last leader left, after end
+}
+
+type waiter struct {
+	vectors []int // nil: all
+	ready   func() bool
+	wake    chan bool // true: lead
+}
+
+func (w *waiter) wants(vector int) bool {
+	return w.vectors == nil || slices.Contains(w.vectors, vector)
+}
+
+func (ws *waiters) init(d *Device, o options) error {
+	ws.device, ws.kick = d, -1
+	i := d.back.Interrupts()
+	ws.sleep, ws.fds, ws.shared = o.sleep, i.FDs, i.Shared
+	ws.oneShot = o.oneShot || i.Shared
+	ws.counts = make([]atomic.Uint64, d.vectors)
+	if d.observer || len(i.FDs) == 0 {
+		ws.oneShot = false
+		return nil
+	}
+	var err error
+	if ws.kick, err = evfd.New(); err != nil {
+		return err
+	}
+	if ws.set, err = evfd.NewSet(); err != nil {
+		return err
+	}
+	if err := ws.set.Add(ws.kick, unix.EPOLLIN, tagKick); err != nil {
+		return err
+	}
+	for v, fd := range i.FDs {
+		if err := ws.set.Add(fd, unix.EPOLLIN, int32(v)); err != nil {
+			return err
+		}
+	}
+	if i.Hangup >= 0 {
+		return ws.set.Add(i.Hangup, unix.EPOLLRDHUP, tagHangup)
+	}
+	return nil
+}
+
+// Interrupts is the number of interrupts of a vector that waits of this
+// handle have seen. Several events may arrive as one interrupt. Where one
+// counter serves all vectors, all of them count on vector 0.
+//
+// Waiting for the next interrupt of a vector, whatever it means, is waiting
+// for this number to change.
+func (d *Device) Interrupts(vector int) uint64 {
+	if vector < 0 || vector >= len(d.wait.counts) {
+		return 0
+	}
+	return d.wait.counts[vector].Load()
+}
+
+// Wait waits until ready reports true. It asks at once, and then again after
+// each interrupt of one of the vectors (nil: any); so what makes ready true
+// has to be announced by an interrupt. The order that the device needs (arm,
+// ask, sleep) is kept: no interrupt between the question and the sleep is
+// lost.
+//
+// ready is called from any goroutine that waits on the device, must be quick,
+// and must not wait itself. Any number of goroutines may wait.
+//
+// Wait returns nil when ready reported true, the context's error,
+// [os.ErrClosed] after Close, [ErrGone] when the device is gone, or
+// [ErrNotSupported] where the device is held without interrupts.
+func (d *Device) Wait(ctx context.Context, vectors []int, ready func() bool) error {
+	ws := &d.wait
+	if ws.set == nil {
+		return fmt.Errorf("wait: %w: %s has no interrupts as it is held (back end %s): poll instead", ErrNotSupported, d.Address(), d.Driver())
+	}
+	for _, v := range vectors {
+		if v < 0 || v >= d.vectors {
+			return fmt.Errorf("wait: vector %d, expected a vector below %d", v, d.vectors)
+		}
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if ws.shared {
+		vectors = nil
+	}
+	w := &waiter{vectors: vectors, ready: ready, wake: make(chan bool, 1)}
+	ws.mu.Lock()
+	if ws.end != nil {
+		ws.mu.Unlock()
+		return ws.end
+	}
+	// An interrupt may have come between the caller's last look and now, and
+	// been seen by another leader: so ask once as a registered waiter.
+	if ready() {
+		ws.mu.Unlock()
+		return nil
+	}
+	ws.all = append(ws.all, w)
+	lead := !ws.leading
+	ws.leading = true
+	ws.mu.Unlock()
+
+	if !lead {
+		select {
+		case lead = <-w.wake:
+			if !lead {
+				return ws.result(w)
+			}
+		case <-ctx.Done():
+			ws.leave(w)
+			return ctx.Err()
+		}
+	}
+	return ws.lead(ctx, w)
+}
+
+// result is what a woken follower returns.
+func (ws *waiters) result(w *waiter) error {
+	ws.mu.Lock()
+	defer ws.mu.Unlock()
+	if slices.Contains(ws.all, w) { // not removed as ready: the end
+		ws.remove(w)
+		return ws.end
+	}
+	return nil
+}
+
+// leave takes a follower out that does not want to wait any more. It may just
+// have been made the leader.
+func (ws *waiters) leave(w *waiter) {
+	ws.mu.Lock()
+	defer ws.mu.Unlock()
+	ws.remove(w)
+	select {
+	case lead := <-w.wake:
+		if lead {
+			ws.handOver()
+		}
+	default:
+	}
+}
+
+func (ws *waiters) remove(w *waiter) {
+	if i := slices.Index(ws.all, w); i >= 0 {
+		ws.all = slices.Delete(ws.all, i, i+1)
+	}
+}
+
+// handOver makes another waiter the leader. The caller holds ws.mu.
+func (ws *waiters) handOver() {
+	if ws.end == nil && len(ws.all) > 0 {
+		ws.all[0].wake <- true
+		return
+	}
+	ws.leading = false
+	if ws.end != nil {
+		for _, w := range ws.all {
+			w.wake <- false
+		}
+		close(ws.idle)
+	}
+}
+
+// lead sleeps for all until its own condition holds.
+func (ws *waiters) lead(ctx context.Context, own *waiter) error {
+	if ctx.Done() != nil {
+		stop := context.AfterFunc(ctx, func() { ws.wakeLeader() })
+		defer stop()
+	}
+	var rung []int // vectors, nil: any may have been
+	for {
+		if ws.oneShot && !ws.armed {
+			if err := ws.device.back.Store(regs.InterruptControl, regs.InterruptEnable); err != nil {
+				return ws.fail(own, err)
+			}
+			// What came while the device was disarmed is lost, on whichever
+			// vector: everybody has to look.
+			ws.armed, rung = true, nil
+		}
+		done, err := ws.look(ctx, own, rung)
+		if done {
+			return err
+		}
+		events, err := ws.set.Wait(ws.sleep)
+		if err != nil {
+			return ws.fail(own, err)
+		}
+		rung = slices.Grow(rung[:0], 1)
+		for _, e := range events {
+			switch e.Fd {
+			case tagKick:
+				evfd.Drain(ws.kick)
+			case tagHangup:
+				return ws.fail(own, ErrGone)
+			default:
+				if err := ws.count(int(e.Fd)); err != nil {
+					return ws.fail(own, err)
+				}
+				rung = append(rung, int(e.Fd))
+				ws.armed = false
+			}
+		}
+	}
+}
+
+// count takes the interrupts of a descriptor.
+func (ws *waiters) count(vector int) error {
+	if !ws.shared {
+		ws.counts[vector].Add(evfd.Take(ws.fds[vector]))
+		return nil
+	}
+	var b [4]byte
+	switch _, err := unix.Read(ws.fds[0], b[:]); {
+	case err == nil:
+		ws.counts[0].Add(1)
+	case err == unix.EIO: // the driver was unbound
+		return ErrGone
+	}
+	return nil
+}
+
+// look asks the conditions of the waiters that the vectors concern, wakes
+// those whose condition holds, and reports whether the leader itself is done.
+// A leader that is done has handed over.
+func (ws *waiters) look(ctx context.Context, own *waiter, rung []int) (done bool, err error) {
+	ws.mu.Lock()
+	defer ws.mu.Unlock()
+	if err = ws.end; err == nil {
+		err = ctx.Err()
+	}
+	done = err != nil
+	concerned := func(w *waiter) bool {
+		return rung == nil || slices.ContainsFunc(rung, w.wants)
+	}
+	ws.all = slices.DeleteFunc(ws.all, func(w *waiter) bool {
+		switch {
+		case w == own && done:
+			return true
+		case !concerned(w) || !w.ready():
+			return false
+		case w == own:
+			done = true
+		default:
+			w.wake <- false
+		}
+		return true
+	})
+	if done {
+		ws.handOver()
+	}
+	return done, err
+}
+
+func (ws *waiters) wakeLeader() {
+	ws.mu.Lock()
+	defer ws.mu.Unlock()
+	if ws.leading {
+		evfd.Signal(ws.kick)
+	}
+}
+
+// fail ends all waits: the leader found that the device cannot be waited for
+// any more.
+func (ws *waiters) fail(own *waiter, err error) error {
+	if !errors.Is(err, ErrGone) && !errors.Is(err, os.ErrClosed) {
+		err = &DeviceError{Device: ws.device.Address(), Op: "wait", Err: err}
+	}
+	ws.mu.Lock()
+	defer ws.mu.Unlock()
+	if ws.end == nil {
+		ws.end, ws.idle = err, make(chan struct{})
+	}
+	ws.remove(own)
+	ws.handOver()
+	return ws.end
+}
+
+// close ends all waits and waits until the leader is out.
+func (ws *waiters) close(err error) {
+	if err == nil {
+		err = os.ErrClosed
+	}
+	ws.mu.Lock()
+	if ws.end == nil {
+		ws.end, ws.idle = err, make(chan struct{})
+		if !ws.leading {
+			close(ws.idle)
+		} else {
+			evfd.Signal(ws.kick)
+		}
+	}
+	idle := ws.idle
+	ws.mu.Unlock()
+	<-idle
+	if ws.set != nil {
+		ws.set.Close()
+	}
+	if ws.kick >= 0 {
+		unix.Close(ws.kick)
+		ws.kick = -1
+	}
+}
