@@ -1,0 +1,71 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ivshmem-go/ivshmem/link"
+	"github.com/ivshmem-go/ivshmem/link/pcidev"
+)
+
+// embedded serves a link and runs two peer processes of this program on it.
+// The first to connect gets ID 0 and measures; its output is the program's.
+func (s *settings) embedded(ctx context.Context) error {
+	dir, err := os.MkdirTemp("", "ivsh-pingpong")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	socket := filepath.Join(dir, "link")
+	l, err := link.New(link.Config{Peers: 2, Vectors: 3, ReadWrite: 4096, Output: 4096})
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	listener, err := pcidev.Listen(socket)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	served := make(chan error, 1)
+	go func() { served <- (&pcidev.Server{Link: l}).Serve(ctx, listener) }()
+
+	err = s.peers(ctx, socket)
+	cancel()
+	return errors.Join(err, <-served)
+}
+
+// peers runs both processes. Which of them gets ID 0 does not matter: each
+// prints what it measured, and only that one measures.
+func (s *settings) peers(ctx context.Context, socket string) error {
+	// When one fails, the other would wait in vain.
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	exits := make(chan error, 2)
+	for range 2 {
+		cmd := exec.CommandContext(ctx, "/proc/self/exe", append([]string{"--device", socket}, os.Args[1:]...)...)
+		cmd.Env = append(os.Environ(), quietPong+"=1")
+		cmd.Stdout, cmd.Stderr = s.out, s.err
+		cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
+		cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGTERM) }
+		if err := cmd.Start(); err != nil {
+			return fmt.Errorf("start a peer: %w", err)
+		}
+		go func() { exits <- cmd.Wait() }()
+	}
+	var first error
+	for range 2 {
+		if err := <-exits; err != nil && first == nil {
+			first = fmt.Errorf("peer process: %w", err)
+			cancel()
+		}
+	}
+	return first
+}

@@ -1,0 +1,346 @@
+package pingpong
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"sync/atomic"
+	"time"
+
+	"github.com/HdrHistogram/hdrhistogram-go"
+
+	"github.com/ivshmem-go/ivshmem"
+)
+
+// Mode is how a peer notices a message.
+type Mode int
+
+// Modes.
+const (
+	Poll      Mode = iota // look at the shared memory all the time
+	Interrupt             // sleep until the doorbell rings
+)
+
+func (m Mode) String() string { return [...]string{"poll", "interrupt"}[m] }
+
+// ParseMode reads the name of a mode.
+func ParseMode(s string) (Mode, error) {
+	for _, m := range []Mode{Poll, Interrupt} {
+		if m.String() == s {
+			return m, nil
+		}
+	}
+	return 0, fmt.Errorf("mode %q: expected poll or interrupt", s)
+}
+
+// Config of a run. Both peers need the same Mode.
+type Config struct {
+	Mode Mode
+	// Messages is the number of round trips that count, Warmup the number of
+	// those before that do not. The pinger's numbers hold for both peers.
+	Messages, Warmup uint64
+	// Phase numbers the runs of one pair of handles, from 0.
+	Phase uint32
+	// Silence is how long the peer may say nothing before the run fails.
+	Silence time.Duration
+}
+
+// Result of a run.
+type Result struct {
+	Mode     Mode
+	Role     string // "ping" measured, "pong" answered
+	Messages uint64 // round trips that were counted
+	Errors   uint64
+	Elapsed  time.Duration
+	RTT      *hdrhistogram.Histogram // nanoseconds; nil for pong
+	// Rung is the interrupts seen, by vector, in mode interrupt.
+	Rung map[int]uint64
+}
+
+// The State register carries how far a peer is: phase, mode, step.
+const (
+	stepHello = 1 // own lane is clear
+	stepGo    = 2 // peer's hello was seen
+	stepDone  = 3 // all messages were exchanged
+)
+
+func state(c Config, step uint32) uint32 {
+	return (c.Phase+1)<<8 | uint32(c.Mode)<<4 | step
+}
+
+// endOfRun is the sequence number that ends a run.
+const endOfRun = 1<<64 - 1
+
+// vectors of a link with so many: messages with odd numbers ring the first,
+// with even numbers the second, so that vectors are told apart where there
+// is more than the one of state changes.
+func vectors(n int) [2]int {
+	switch {
+	case n >= 3:
+		return [2]int{1, 2}
+	case n == 2:
+		return [2]int{0, 1}
+	}
+	return [2]int{0, 0}
+}
+
+type run struct {
+	Config
+	dev     *ivshmem.Device
+	peer    uint32
+	pinger  bool
+	lanes   lanes
+	vectors [2]int
+	rung    [2]uint64 // interrupts expected so far, by parity
+	base    [2]uint64
+	// progress is the number of messages received.
+	progress atomic.Uint64
+}
+
+// Run plays with the one other peer of the link, or the peer with the given
+// ID on a link of more.
+func Run(parent context.Context, dev *ivshmem.Device, peer uint32, c Config) (*Result, error) {
+	if c.Mode == Interrupt && !dev.HasInterrupts() {
+		return nil, fmt.Errorf("mode interrupt: %w by back end %s: bind the device to vfio-pci, or use mode poll", ivshmem.ErrNotSupported, dev.Driver())
+	}
+	if peer == dev.ID() || peer >= dev.MaxPeers() {
+		return nil, fmt.Errorf("peer %d: expected another peer below %d", peer, dev.MaxPeers())
+	}
+	r := &run{Config: c, dev: dev, peer: peer, pinger: dev.ID() < peer, vectors: vectors(dev.Vectors())}
+	var err error
+	if r.lanes, err = openLanes(dev, peer); err != nil {
+		return nil, err
+	}
+	for i, v := range r.vectors {
+		r.base[i] = dev.Interrupts(v)
+	}
+	if err := r.meet(parent); err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancelCause(parent)
+	defer cancel(nil)
+	go r.watch(ctx, cancel)
+	// The thread is kept, as waking another one costs more than the wait.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	res := &Result{Mode: c.Mode, Role: "pong"}
+	if r.pinger {
+		res.Role = "ping"
+		res.RTT = hdrhistogram.New(1, int64(time.Minute), 3)
+		err = r.ping(ctx, res)
+	} else {
+		err = r.pong(ctx, res)
+	}
+	if c.Mode == Interrupt {
+		res.Rung = map[int]uint64{}
+		for i, v := range r.vectors {
+			res.Rung[v] = dev.Interrupts(v) - r.base[i]
+		}
+	}
+	if err != nil {
+		res.Errors++
+		return res, err
+	}
+	// Its departure is no surprise any more.
+	cancel(nil)
+	return res, r.part(parent)
+}
+
+// meet waits until both peers are ready.
+func (r *run) meet(ctx context.Context) error {
+	if err := r.lanes.clear(); err != nil {
+		return err
+	}
+	if err := r.step(ctx, stepHello, stepHello); err != nil {
+		return err
+	}
+	return r.step(ctx, stepGo, stepGo)
+}
+
+// part waits until the peer has seen the end, so that neither takes the
+// other's next phase, or departure, for part of this one.
+func (r *run) part(ctx context.Context) error {
+	return r.step(ctx, stepDone, stepDone)
+}
+
+// step sets the own state and waits for the peer's.
+func (r *run) step(ctx context.Context, own, peer uint32) error {
+	if err := r.dev.SetState(state(r.Config, own)); err != nil {
+		return err
+	}
+	want := state(r.Config, peer)
+	seen := false
+	for {
+		s, err := r.dev.State(r.peer)
+		if err != nil {
+			return err
+		}
+		switch {
+		case s == 0 && peer == stepDone:
+			return nil // it is done with everything, and gone
+		case s == 0 && (seen || peer > stepHello):
+			return fmt.Errorf("%w: peer %d left", ivshmem.ErrGone, r.peer)
+		case s>>8 == r.Phase+1 && s>>4&0xf != uint32(r.Mode):
+			return fmt.Errorf("peer %d runs mode %v, expected %v: start both with the same --mode", r.peer, Mode(s>>4&0xf), r.Mode)
+		case s>>8 > r.Phase+1, s>>8 == r.Phase+1 && s&0xf >= want&0xf:
+			return nil
+		case s != 0 && s>>8 == r.Phase+1:
+			seen = true
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("waiting for peer %d: %w", r.peer, context.Cause(ctx))
+		case <-time.After(time.Millisecond):
+		}
+	}
+}
+
+func (r *run) ping(ctx context.Context, res *Result) error {
+	total := r.Warmup + r.Messages
+	var start time.Time
+	for seq := uint64(1); seq <= total; seq++ {
+		if seq == r.Warmup+1 {
+			start = time.Now()
+		}
+		t := time.Now()
+		if err := r.send(seq); err != nil {
+			return err
+		}
+		if err := r.receive(ctx, seq); err != nil {
+			return err
+		}
+		if seq <= r.Warmup {
+			continue
+		}
+		if err := res.RTT.RecordValue(max(1, int64(time.Since(t)))); err != nil {
+			return err
+		}
+		res.Messages++
+	}
+	res.Elapsed = time.Since(start)
+	if err := r.lanes.send(endOfRun, false); err != nil {
+		return err
+	}
+	if r.Mode == Interrupt {
+		return r.dev.Ring(r.peer, r.vectors[(total+1)&1^1])
+	}
+	return nil
+}
+
+func (r *run) pong(ctx context.Context, res *Result) error {
+	for seq := uint64(1); ; seq++ {
+		switch err := r.receive(ctx, seq); {
+		case errors.Is(err, errEnd):
+			return nil
+		case err != nil:
+			return err
+		}
+		if err := r.send(seq); err != nil {
+			return err
+		}
+		res.Messages++
+	}
+}
+
+func (r *run) send(seq uint64) error {
+	if err := r.lanes.send(seq, !r.pinger); err != nil {
+		return err
+	}
+	if r.Mode == Interrupt {
+		return r.dev.Ring(r.peer, r.vectors[seq&1^1])
+	}
+	return nil
+}
+
+var errEnd = errors.New("end of run")
+
+// receive waits for the message seq and checks it.
+func (r *run) receive(ctx context.Context, seq uint64) error {
+	var got uint64
+	var err error
+	if r.Mode == Interrupt {
+		got, err = r.sleep(ctx, seq)
+	} else {
+		got, err = r.spin(ctx, seq)
+	}
+	if err != nil {
+		return err
+	}
+	if got == endOfRun && !r.pinger {
+		return errEnd
+	}
+	if got != seq {
+		return &MessageError{Field: "sequence number", Expected: seq, Found: got}
+	}
+	r.progress.Store(seq)
+	return r.lanes.verify(seq, r.pinger)
+}
+
+// spin looks until the sequence number is another than the last one.
+func (r *run) spin(ctx context.Context, seq uint64) (uint64, error) {
+	yield := runtime.NumCPU() == 1
+	for i := 1; ; i++ {
+		got, err := r.lanes.in.Load64(laneSeq)
+		if err != nil || got != seq-1 {
+			return got, err
+		}
+		if yield {
+			runtime.Gosched()
+		}
+		if i&(1<<16-1) == 0 && ctx.Err() != nil {
+			return 0, fmt.Errorf("waiting for message %d: %w", seq, context.Cause(ctx))
+		}
+	}
+}
+
+// watch cancels the run when the peer left, or said nothing for too long.
+func (r *run) watch(ctx context.Context, cancel context.CancelCauseFunc) {
+	const looks = 8 // in the time of Silence
+	tick := time.NewTicker(r.Silence / looks)
+	defer tick.Stop()
+	var last uint64
+	for quiet := 0; ; quiet++ {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if n := r.progress.Load(); n != last {
+			last, quiet = n, 0
+		}
+		if quiet == looks {
+			cancel(fmt.Errorf("peer %d has been silent for %v: message lost", r.peer, r.Silence))
+		}
+		if s, err := r.dev.State(r.peer); err == nil && s == 0 {
+			cancel(fmt.Errorf("%w: peer %d left in the middle", ivshmem.ErrGone, r.peer))
+		}
+	}
+}
+
+// sleep waits for the interrupt of the message seq, on its vector and no
+// other.
+func (r *run) sleep(ctx context.Context, seq uint64) (uint64, error) {
+	i := seq&1 ^ 1
+	v := r.vectors[i]
+	r.rung[i]++
+	due := r.base[i] + r.rung[i]
+	// State changes share vector 0: there the interrupts are not counted.
+	strict := v != 0
+	var got uint64
+	var loadErr error
+	err := r.dev.Wait(ctx, r.vectors[i:i+1], func() bool {
+		got, loadErr = r.lanes.in.Load64(laneSeq)
+		if loadErr != nil {
+			return true
+		}
+		return got != seq-1 && (!strict || r.dev.Interrupts(v) >= due)
+	})
+	if err != nil {
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		return 0, fmt.Errorf("waiting for message %d on vector %d: %w", seq, v, err)
+	}
+	return got, loadErr
+}
