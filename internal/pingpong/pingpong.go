@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/HdrHistogram/hdrhistogram-go"
+	"golang.org/x/sys/unix"
 
 	"github.com/ivshmem-go/ivshmem"
 )
@@ -279,14 +280,16 @@ func (r *run) receive(ctx context.Context, seq uint64) error {
 
 // spin looks until the sequence number is another than the last one.
 func (r *run) spin(ctx context.Context, seq uint64) (uint64, error) {
+	// On a single CPU the peer may be another process that needs it. Yielding
+	// to the kernel, not to Go's scheduler: that would hand the thread over.
 	yield := runtime.NumCPU() == 1
 	for i := 1; ; i++ {
 		got, err := r.lanes.in.Load64(laneSeq)
 		if err != nil || got != seq-1 {
 			return got, err
 		}
-		if yield {
-			runtime.Gosched()
+		if yield && i&(1<<10-1) == 0 {
+			unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
 		}
 		if i&(1<<16-1) == 0 && ctx.Err() != nil {
 			return 0, fmt.Errorf("waiting for message %d: %w", seq, context.Cause(ctx))
