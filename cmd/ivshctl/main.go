@@ -102,8 +102,8 @@ func (p *program) app() *cli.App {
 		OnUsageError:   onUsageError,
 		Action:         unknownCommand,
 		Commands: []*cli.Command{
-			p.listCommand(), p.infoCommand(),
-			p.serveCommand(),
+			p.listCommand(), p.infoCommand(), p.stateCommand(), p.ringCommand(), p.waitCommand(),
+			p.readCommand(), p.writeCommand(), p.serveCommand(),
 		},
 	}
 }
