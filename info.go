@@ -158,4 +158,3 @@ func (i *Info) layout(l shmem.Layout, own uint32) {
 		add(fmt.Sprintf("output_section_%d", peer), fmt.Sprintf("%s %d", shmem.NameOutput, peer), l.OutputOffset(peer), l.Output, peer == own)
 	}
 }
-

@@ -14,6 +14,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"sync"
 
@@ -203,8 +204,11 @@ func (b *Backend) writeConfig16(offset int, v uint16) error {
 
 // gone makes the end of the connection the device's end.
 func gone(err error) error {
+	if errors.Is(err, net.ErrClosed) {
+		return os.ErrClosed
+	}
 	var dead *vfiouser.ConnectionError
-	if errors.As(err, &dead) && !errors.Is(err, os.ErrClosed) {
+	if errors.As(err, &dead) {
 		return fmt.Errorf("%w: the link service ended the connection: %w", regs.ErrGone, err)
 	}
 	return err
