@@ -1,0 +1,227 @@
+// Command campaign runs checks that take longer than a test. It is what
+// scripts/campaign starts; see its --help.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"os/signal"
+	"slices"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+	"time"
+)
+
+const usage = `Usage: scripts/campaign NAME [DURATION] [--json] [--sabotage] [--seed N]
+       scripts/campaign list [--names]
+
+Runs a long check for about DURATION ("quick", the default: seconds; or such
+as 90s, 10m, 1h), prints its table, and exits 0 only if what it checks holds.
+--json prints configuration, seed, counts and raw samples instead.
+--sabotage breaks what is measured, and has to make the campaign fail.
+
+Example: scripts/campaign oneshot 2m --json
+`
+
+// campaign is one check.
+type campaign struct {
+	name, what string
+	// quick is the duration where none is given.
+	quick time.Duration
+	run   func(ctx context.Context, r *Report) error
+}
+
+var campaigns = []campaign{
+	{"peers", "state changes and the death of one guest, seen by another by interrupt", 5 * time.Second, peers},
+	{"oneshot", "one interrupt per arm, and no lost wake-up, in a guest with one-shot mode on", 5 * time.Second, oneShot},
+	{"pingpong", "round trips of two host processes against the floor of the machine", 10 * time.Second, pingPong},
+	{"fuzz", "all fuzzers, DURATION each", 3 * time.Second, fuzz},
+}
+
+// Report is what a campaign found.
+type Report struct {
+	Campaign string               `json:"campaign"`
+	Duration time.Duration        `json:"-"`
+	Seconds  float64              `json:"duration_s"`
+	Quick    bool                 `json:"quick"`
+	Sabotage bool                 `json:"sabotage"`
+	Seed     uint64               `json:"seed"`
+	Config   map[string]any       `json:"config"`
+	Counts   []Count              `json:"counts"`
+	Samples  map[string][]float64 `json:"samples"`
+	Failures []string             `json:"failures"`
+
+	rand *rand.Rand
+	// progress is where the campaign says what it is doing.
+	progress io.Writer
+}
+
+// Count is a number with the range that it has to be in.
+type Count struct {
+	Name  string  `json:"name"`
+	Value float64 `json:"value"`
+	Want  string  `json:"want"`
+	OK    bool    `json:"ok"`
+}
+
+// atLeast records a count that has to reach a minimum above 0: what was not
+// done was not checked.
+func (r *Report) atLeast(name string, value, minimum float64) {
+	r.count(name, value, fmt.Sprintf(">= %g", minimum), value >= minimum && value > 0)
+}
+
+// atMost records a count, a ratio or the like with an upper bound.
+func (r *Report) atMost(name string, value, maximum float64) {
+	r.count(name, value, fmt.Sprintf("<= %g", maximum), value <= maximum)
+}
+
+// info records a number that is shown only.
+func (r *Report) info(name string, value float64) { r.count(name, value, "", true) }
+
+func (r *Report) count(name string, value float64, want string, ok bool) {
+	r.Counts = append(r.Counts, Count{name, value, want, ok})
+	if !ok {
+		r.Failures = append(r.Failures, fmt.Sprintf("%s is %g, expected %s", name, value, want))
+	}
+}
+
+func (r *Report) sample(name string, values ...float64) {
+	r.Samples[name] = append(r.Samples[name], values...)
+}
+
+func (r *Report) say(format string, args ...any) {
+	fmt.Fprintf(r.progress, format+"\n", args...)
+}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	code := run(ctx, os.Args[1:])
+	stop()
+	os.Exit(code)
+}
+
+func run(ctx context.Context, args []string) int {
+	r := &Report{
+		Seed: rand.Uint64(), Quick: true, progress: os.Stderr,
+		Config: map[string]any{}, Samples: map[string][]float64{}, Failures: []string{}, Counts: []Count{},
+	}
+	asJSON, names, help, err := r.parse(args)
+	switch {
+	case err != nil:
+		fmt.Fprintf(os.Stderr, "campaign: %v; see --help\n", err)
+		return 2
+	case help:
+		fmt.Print(usage)
+		return 0
+	case r.Campaign == "list":
+		for _, c := range campaigns {
+			if names {
+				fmt.Println(c.name)
+			} else {
+				fmt.Printf("%-10s %s\n", c.name, c.what)
+			}
+		}
+		return 0
+	}
+	i := slices.IndexFunc(campaigns, func(c campaign) bool { return c.name == r.Campaign })
+	if i < 0 {
+		fmt.Fprintf(os.Stderr, "campaign: no campaign %q; `scripts/campaign list` shows them\n", r.Campaign)
+		return 2
+	}
+	c := campaigns[i]
+	if r.Quick {
+		r.Duration = c.quick
+	}
+	r.Seconds = r.Duration.Seconds()
+	r.rand = rand.New(rand.NewPCG(r.Seed, 0))
+	if err := c.run(ctx, r); err != nil {
+		r.Failures = append(r.Failures, err.Error())
+	}
+	if len(r.Counts) == 0 && len(r.Failures) == 0 {
+		r.Failures = append(r.Failures, "nothing was counted")
+	}
+	if err := r.print(os.Stdout, asJSON); err != nil {
+		fmt.Fprintln(os.Stderr, "campaign:", err)
+		return 1
+	}
+	if len(r.Failures) > 0 {
+		return 1
+	}
+	return 0
+}
+
+// parse reads the command line; options may stand anywhere.
+func (r *Report) parse(args []string) (asJSON, names, help bool, err error) {
+	var words []string
+	for i := 0; i < len(args); i++ {
+		switch args[i] {
+		case "--json":
+			asJSON = true
+		case "--sabotage":
+			r.Sabotage = true
+		case "--names":
+			names = true
+		case "--help", "-h":
+			help = true
+		case "--seed":
+			if i++; i == len(args) {
+				return asJSON, names, help, errors.New("--seed needs a number")
+			}
+			if _, err := fmt.Sscan(args[i], &r.Seed); err != nil {
+				return asJSON, names, help, fmt.Errorf("--seed %q: expected a number", args[i])
+			}
+		default:
+			words = append(words, args[i])
+		}
+	}
+	if help {
+		return asJSON, names, help, nil
+	}
+	if len(words) == 0 || len(words) > 2 {
+		return asJSON, names, help, errors.New("expected NAME [DURATION]")
+	}
+	r.Campaign = words[0]
+	if len(words) == 2 && words[1] != "quick" {
+		if r.Duration, err = time.ParseDuration(words[1]); err != nil || r.Duration <= 0 {
+			return asJSON, names, help, fmt.Errorf("duration %q: expected quick, or such as 90s or 10m", words[1])
+		}
+		r.Quick = false
+	}
+	return asJSON, names, help, nil
+}
+
+func (r *Report) print(out io.Writer, asJSON bool) error {
+	if asJSON {
+		e := json.NewEncoder(out)
+		e.SetIndent("", "  ")
+		return e.Encode(r)
+	}
+	fmt.Fprintf(out, "campaign %s, %v, seed %d\n", r.Campaign, r.Duration, r.Seed)
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	for _, c := range r.Counts {
+		mark := ""
+		if c.Want != "" {
+			mark = "ok"
+			if !c.OK {
+				mark = "FAILED"
+			}
+		}
+		fmt.Fprintf(w, "  %s\t%.6g\t%s\t%s\n", c.Name, c.Value, c.Want, mark)
+	}
+	w.Flush()
+	for _, f := range r.Failures {
+		fmt.Fprintf(out, "  failed: %s\n", strings.TrimSpace(f))
+	}
+	if len(r.Failures) > 0 {
+		_, err := fmt.Fprintf(out, "campaign %s does not hold: %d failures\n", r.Campaign, len(r.Failures))
+		return err
+	}
+	_, err := fmt.Fprintf(out, "campaign %s holds\n", r.Campaign)
+	return err
+}

@@ -1,0 +1,39 @@
+// Command guestprog is what campaigns run inside guests where the project's
+// own commands cannot show what is to be counted. Its first argument says
+// what to do; it prints one JSON object.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+)
+
+var programs = map[string]func(ctx context.Context, args []string) (any, error){
+	"oneshot": oneShot,
+}
+
+func main() {
+	if err := run(os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "guestprog:", err)
+		os.Exit(1)
+	}
+}
+
+func run(args []string) error {
+	if len(args) == 0 || programs[args[0]] == nil {
+		return errors.New("expected the name of a program")
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 6*time.Hour)
+	defer cancel()
+	result, err := programs[args[0]](ctx, args[1:])
+	if result != nil {
+		if jerr := json.NewEncoder(os.Stdout).Encode(result); jerr != nil {
+			return jerr
+		}
+	}
+	return err
+}
