@@ -150,7 +150,7 @@ func (p *program) readValues(v *shmem.ReadOnly, offset, length, width uint64, as
 		return p.printJSON(values)
 	}
 	for _, x := range values {
-		fmt.Fprintf(p.out, "%#0*x\n", int(2*width)+2, x)
+		fmt.Fprintf(p.out, "0x%0*x\n", int(2*width), x)
 	}
 	return nil
 }

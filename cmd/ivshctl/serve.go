@@ -24,7 +24,7 @@ departures are logged on standard error.
 
 Example: ivshctl serve --socket /run/link0 --peers 3 --rw 16M --output 0`,
 		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "socket", Aliases: []string{"S"}, Usage: "`PATH` of the link's socket", Required: true},
+			&cli.StringFlag{Name: "socket", Aliases: []string{"S"}, Usage: "`PATH` of the link's socket (required)"},
 			&cli.UintFlag{Name: "peers", Usage: "number of peers, 2 to 64", Value: 2},
 			&cli.UintFlag{Name: "vectors", Usage: "interrupt vectors of each peer, 1 to 2048", Value: 4},
 			&cli.StringFlag{Name: "protocol", Usage: "protocol `TYPE`, 0 to 0xffff; virtio types give peer 0 the back-end", Value: "0"},
@@ -35,6 +35,9 @@ Example: ivshctl serve --socket /run/link0 --peers 3 --rw 16M --output 0`,
 			&cli.BoolFlag{Name: "quiet", Usage: "log problems only"},
 		},
 		Action: func(c *cli.Context) error {
+			if c.String("socket") == "" {
+				return usagef("serve: expected --socket PATH")
+			}
 			config, err := linkConfig(c)
 			if err != nil {
 				return err

@@ -45,7 +45,7 @@ where the device has them and nobody else owns it; otherwise it looks every 10 m
 
 Example: ivshctl state watch --count 1 --timeout 10s`,
 				Flags: []cli.Flag{deviceFlag, jsonFlag, timeoutFlag,
-					&cli.UintFlag{Name: "count", Usage: "end after `N` changes (0: never)"}},
+					&cli.UintFlag{Name: "count", Usage: "end after `N` lines (0: never)"}},
 				Action: p.stateWatch,
 			}),
 		},
@@ -194,27 +194,25 @@ func (p *program) stateWatch(c *cli.Context) error {
 	ctx, cancel := withTimeout(c)
 	defer cancel()
 	known := make([]uint32, d.MaxPeers())
-	changed, err := p.printChanges(c.Bool("json"), d, known)
-	for n := uint(0); err == nil; {
-		var looked error
-		if err = await(ctx, d, func() bool {
-			var any bool
-			any, looked = statesDiffer(d, known)
-			return any || looked != nil
-		}); err != nil {
-			break
+	limit := c.Uint("count")
+	for n := uint(0); ; {
+		changed, err := p.printChanges(c.Bool("json"), d, known)
+		if err != nil {
+			return err
 		}
-		if err = looked; err != nil {
-			break
-		}
-		if changed, err = p.printChanges(c.Bool("json"), d, known); err != nil {
-			break
-		}
-		if n += changed; c.Uint("count") > 0 && n >= c.Uint("count") {
+		if n += changed; limit > 0 && n >= limit {
 			return nil
 		}
+		var looked error
+		err = await(ctx, d, func() bool {
+			var differ bool
+			differ, looked = statesDiffer(d, known)
+			return differ || looked != nil
+		})
+		if err = errors.Join(err, looked); err != nil {
+			return interrupted(err)
+		}
 	}
-	return interrupted(err)
 }
 
 func statesDiffer(d *ivshmem.Device, known []uint32) (bool, error) {

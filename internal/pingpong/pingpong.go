@@ -183,6 +183,7 @@ func (r *run) step(ctx context.Context, own, peer uint32) error {
 		case s == 0 && (seen || peer > stepHello):
 			return fmt.Errorf("%w: peer %d left", ivshmem.ErrGone, r.peer)
 		case s>>8 == r.Phase+1 && s>>4&0xf != uint32(r.Mode):
+			r.linger(ctx)
 			return fmt.Errorf("peer %d runs mode %v, expected %v: start both with the same --mode", r.peer, Mode(s>>4&0xf), r.Mode)
 		case s>>8 > r.Phase+1, s>>8 == r.Phase+1 && s&0xf >= want&0xf:
 			return nil
@@ -194,6 +195,18 @@ func (r *run) step(ctx context.Context, own, peer uint32) error {
 			return fmt.Errorf("waiting for peer %d: %w", r.peer, context.Cause(ctx))
 		case <-time.After(time.Millisecond):
 		}
+	}
+}
+
+// linger stays until a peer of another mode has seen that too, and left.
+func (r *run) linger(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	for ctx.Err() == nil {
+		if s, err := r.dev.State(r.peer); s == 0 || err != nil {
+			return
+		}
+		time.Sleep(time.Millisecond)
 	}
 }
 

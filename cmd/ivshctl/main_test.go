@@ -1,0 +1,76 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"ivshctl": main})
+}
+
+// TestScripts runs whole sessions of the real program.
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir: "testdata",
+		Setup: func(e *testscript.Env) error {
+			// The work folder's path may be too long for a socket.
+			dir, err := os.MkdirTemp("", "ivshctl")
+			if err != nil {
+				return err
+			}
+			e.Defer(func() { os.RemoveAll(dir) })
+			e.Setenv("SOCKET", filepath.Join(dir, "link"))
+			return nil
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"await": awaitFile},
+	})
+}
+
+// awaitFile waits until a path exists: `await FILE`.
+func awaitFile(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) != 1 || neg {
+		ts.Fatalf("usage: await FILE")
+	}
+	for {
+		if _, err := os.Stat(ts.MkAbs(args[0])); err == nil {
+			return
+		}
+	}
+}
+
+func TestPermute(t *testing.T) {
+	app := (&program{}).app()
+	for _, c := range []struct{ in, want []string }{
+		{[]string{"ivshctl"}, []string{"ivshctl"}},
+		{[]string{"ivshctl", "info", "00:04.0", "--json"}, []string{"ivshctl", "info", "--json", "--", "00:04.0"}},
+		{[]string{"ivshctl", "read", "0x10", "-d", "a", "8", "--section=rw"}, []string{"ivshctl", "read", "-d", "a", "--section=rw", "--", "0x10", "8"}},
+		{[]string{"ivshctl", "state", "set", "7", "--hold"}, []string{"ivshctl", "state", "set", "--hold", "--", "7"}},
+		{[]string{"ivshctl", "ring", "-1"}, []string{"ivshctl", "ring", "--", "-1"}},
+		{[]string{"ivshctl", "ring", "--", "--json"}, []string{"ivshctl", "ring", "--", "--json"}},
+		{[]string{"ivshctl", "state", "--help"}, []string{"ivshctl", "state", "--help"}},
+	} {
+		if got := permute(app, c.in); !slices.Equal(got, c.want) {
+			t.Errorf("permute(%q): got %q, want %q", c.in, got, c.want)
+		}
+	}
+}
+
+func TestParseSize(t *testing.T) {
+	for s, want := range map[string]uint64{
+		"0": 0, "4096": 4096, "0x1000": 4096, "64K": 65536, "64KiB": 65536, "1m": 1 << 20, "2GB": 2 << 30, "1T": 1 << 40,
+	} {
+		if got, err := parseSize("size", s); err != nil || got != want {
+			t.Errorf("%q: got %d, %v; want %d", s, got, err, want)
+		}
+	}
+	for _, s := range []string{"", "K", "1X", "1KX", "-1", "1.5M", "16777216T", "99999999999999999999"} {
+		if got, err := parseSize("size", s); err == nil {
+			t.Errorf("%q: got %d, want an error", s, got)
+		}
+	}
+}
