@@ -52,7 +52,10 @@ func Dial(path string) (*Backend, error) {
 	if err := b.open(); err != nil {
 		b.Close()
 		e := &fault.DeviceError{Device: path, Op: "connect to link", Err: err}
-		if errors.Is(err, vfiouser.ErrRefused) {
+		switch {
+		case errors.Is(err, os.ErrNotExist), errors.Is(err, unix.ECONNREFUSED):
+			e.Err = fmt.Errorf("%w: %w", fault.ErrNotFound, err)
+		case errors.Is(err, vfiouser.ErrRefused):
 			e.Err = fmt.Errorf("%w: all peers of the link are connected", fault.ErrBusy)
 			e.Remedy = "end one of them, or serve the link with more --peers"
 		}
