@@ -10,10 +10,7 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"os/signal"
-	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -133,12 +130,14 @@ func run(ctx context.Context, o options) (int, error) {
 		Driver: o.driver, Kernel: o.kernel, Packages: packages, Progress: progress,
 	}
 	if !o.noDevice {
-		socket, stop, err := serve(ctx, cache, o)
+		// Later options win, so --link can have another number of peers.
+		options := append([]string{"--quiet", "--peers", fmt.Sprint(max(o.guests, 2))}, strings.Fields(o.link)...)
+		service, err := vm.Serve(ctx, os.Stderr, options...)
 		if err != nil {
 			return failed, err
 		}
-		defer stop()
-		config.Devices = []vm.Device{{Socket: socket, RootPort: o.rootPort}}
+		defer service.Close()
+		config.Devices = []vm.Device{{Socket: service.Socket, RootPort: o.rootPort}}
 	}
 	return runGuests(ctx, o, config)
 }
@@ -208,75 +207,6 @@ func runGuests(ctx context.Context, o options, config vm.Config) (int, error) {
 		}
 	}
 	return 0, nil
-}
-
-// serve starts the service of the link and returns its socket when it is
-// ready.
-func serve(ctx context.Context, cache *fetch.Cache, o options) (socket string, stop func(), err error) {
-	binaries, err := vm.Binaries(ctx, cache.Dir, runtime.GOARCH)
-	if err != nil {
-		return "", nil, err
-	}
-	if binaries["ivshctl"] == "" {
-		return "", nil, errors.New("this source has no ivshctl to serve the device; --no-device boots without")
-	}
-	dir, err := os.MkdirTemp("", "ivshmem-guest-")
-	if err != nil {
-		return "", nil, err
-	}
-	socket = filepath.Join(dir, "link.sock")
-	// Later options win, so --link can have another number of peers.
-	args := []string{"serve", "--quiet", "--socket", socket, "--peers", fmt.Sprint(max(o.guests, 2))}
-	cmd := exec.Command(binaries["ivshctl"], append(args, strings.Fields(o.link)...)...)
-	ready := &readiness{socket: socket, ready: make(chan struct{})}
-	cmd.Stdout, cmd.Stderr = ready, os.Stderr
-	child, err := vm.StartChild(cmd)
-	if err != nil {
-		os.RemoveAll(dir)
-		return "", nil, err
-	}
-	stop = func() {
-		_ = child.Kill()
-		os.RemoveAll(dir)
-	}
-	select {
-	case <-ready.ready:
-		return socket, stop, nil
-	case <-child.Done():
-		err = fmt.Errorf("ivshctl serve: %w\n%s", child.Kill(), ready.text())
-	case <-ctx.Done():
-		err = ctx.Err()
-	}
-	stop()
-	return "", nil, err
-}
-
-// readiness waits for the service's line "ready PATH".
-type readiness struct {
-	socket string
-	ready  chan struct{}
-	mu     sync.Mutex
-	got    bytes.Buffer
-	done   bool
-}
-
-func (r *readiness) Write(p []byte) (int, error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if !r.done {
-		r.got.Write(p)
-		if strings.Contains(r.got.String(), "ready "+r.socket+"\n") {
-			r.done = true
-			close(r.ready)
-		}
-	}
-	return len(p), nil
-}
-
-func (r *readiness) text() string {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.got.String()
 }
 
 // lines writes whole lines with the guest's number in front, so that those of
