@@ -1,0 +1,130 @@
+// Package archtest keeps the direction of the imports.
+package archtest
+
+import (
+	"encoding/json"
+	"errors"
+	"io"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/ivshmem-go/ivshmem"
+
+// rule says what a package may import: of this module, and of others.
+// Test files are not looked at.
+type rule struct {
+	own    []string
+	others []string
+	why    string
+}
+
+const unix = "golang.org/x/sys/unix"
+
+var rules = map[string]rule{
+	"regs":  {why: "facts of the device: everybody imports it, so it imports nobody"},
+	"shmem": {why: "the memory: standard library only"},
+
+	"internal/fault":    {why: "a leaf that all rooms share"},
+	"internal/evfd":     {others: []string{unix}, why: "eventfds only"},
+	"internal/fdpass":   {others: []string{unix}, why: "descriptor passing only"},
+	"internal/sockpath": {own: []string{"internal/fault"}, others: []string{unix}, why: "socket paths only"},
+	"internal/mem":      {own: []string{"regs", "shmem"}, others: []string{unix}, why: "mappings, whoever needs them"},
+	"internal/sysfs": {own: []string{"regs", "shmem", "internal/evfd", "internal/fault", "internal/mem"},
+		others: []string{unix, "github.com/u-root/u-root/pkg/pci"}, why: "a way to a device: below the root, beside the others"},
+
+	"vfiouser":               {own: []string{"internal/fdpass", "internal/sockpath", "vfiouser/internal/wire"}, others: []string{unix}, why: "the wire knows nothing of ivshmem"},
+	"vfiouser/internal/wire": {others: []string{unix}, why: "bytes to values"},
+
+	"link": {own: []string{"regs", "shmem", "internal/evfd", "internal/mem"}, others: []string{unix},
+		why: "the device model on the host knows no way to a device in a guest"},
+	"link/pcidev": {own: []string{"regs", "shmem", "link", "vfiouser", "internal/evfd", "internal/fdpass", "internal/sockpath"}, others: []string{unix},
+		why: "a PCI function over the wire"},
+
+	"vfio": {own: []string{"regs", "shmem", "internal/evfd", "internal/fault", "internal/mem", "internal/sysfs"}, others: []string{unix},
+		why: "a way to a device: it knows neither the root nor the other ways"},
+	"peer": {own: []string{"regs", "shmem", "vfiouser", "internal/evfd", "internal/fault", "internal/mem"}, others: []string{unix},
+		why: "a way to a device: it knows neither the root nor the other ways"},
+
+	"": {own: []string{"regs", "shmem", "vfio", "peer", "internal/evfd", "internal/fault", "internal/sysfs"}, others: []string{unix},
+		why: "the only chooser of a way; no service, no protocol"},
+	"ivshmemtest": {own: []string{"", "link", "link/pcidev"}, why: "for tests: the service and its peers in one process"},
+
+	"internal/pingpong": {own: []string{"", "shmem"}, others: []string{unix, "github.com/HdrHistogram/hdrhistogram-go"},
+		why: "a protocol never knows what carries it"},
+	"cmd/ivshctl": {own: []string{"", "regs", "shmem", "link", "link/pcidev"}, others: []string{unix, "github.com/urfave/cli/v2"},
+		why: "commands parse, call and print"},
+	"cmd/ivsh-pingpong": {own: []string{"", "link", "link/pcidev", "internal/pingpong"}, others: []string{unix, "github.com/urfave/cli/v2"},
+		why: "commands parse, call and print"},
+}
+
+func TestImports(t *testing.T) {
+	cmd := exec.Command("go", "list", "-json=ImportPath,Imports,GoFiles", module+"/...")
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := 0
+	for d := json.NewDecoder(strings.NewReader(string(out))); ; {
+		var p struct {
+			ImportPath       string
+			Imports, GoFiles []string
+		}
+		if err := d.Decode(&p); errors.Is(err, io.EOF) {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		if len(p.GoFiles) == 0 {
+			continue // tests only
+		}
+		name := strings.TrimPrefix(strings.TrimPrefix(p.ImportPath, module), "/")
+		r, ok := rules[name]
+		if !ok {
+			t.Errorf("package %q has no rule here: say what it may import, and why", name)
+			continue
+		}
+		seen++
+		for _, i := range p.Imports {
+			own, isOwn := strings.CutPrefix(i, module)
+			own = strings.TrimPrefix(own, "/")
+			standard := !strings.Contains(strings.Split(i, "/")[0], ".")
+			switch {
+			case isOwn && !slices.Contains(r.own, own):
+				t.Errorf("%q imports %q: %s", name, own, r.why)
+			case !isOwn && !standard && !slices.Contains(r.others, i):
+				t.Errorf("%q imports %s: %s", name, i, r.why)
+			}
+		}
+	}
+	if seen != len(rules) {
+		t.Errorf("%d packages were found for %d rules", seen, len(rules))
+	}
+}
+
+// linked is every module whose code is in ivshctl. A new one is a decision,
+// to be seen in a review.
+var linked = []string{
+	"github.com/cpuguy83/go-md2man/v2", // of urfave/cli
+	"github.com/ivshmem-go/ivshmem",
+	"github.com/russross/blackfriday/v2", // of urfave/cli
+	"github.com/u-root/u-root",
+	"github.com/urfave/cli/v2",
+	"github.com/xrash/smetrics", // of urfave/cli
+	"golang.org/x/sys",
+}
+
+func TestLinkedModules(t *testing.T) {
+	out, err := exec.Command("go", "list", "-deps", "-f", "{{with .Module}}{{.Path}}{{end}}", module+"/cmd/ivshctl").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := strings.Fields(string(out))
+	slices.Sort(got)
+	got = slices.Compact(got)
+	if !slices.Equal(got, linked) {
+		t.Errorf("modules in ivshctl: got %q, want %q", got, linked)
+	}
+}
