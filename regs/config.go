@@ -69,11 +69,24 @@ func short(config []byte, offset int, field string) error {
 	return e
 }
 
+// gone is not nil if nothing answers at the device's address any more: then
+// all of the space reads all ones, and no device has the vendor ID FFFFh.
+func gone(config []byte) error {
+	if len(config) >= 2 && config[0] == 0xff && config[1] == 0xff {
+		return fmt.Errorf("configuration space reads all ones: %w", ErrGone)
+	}
+	return nil
+}
+
 // FindCapability walks the capability list of a configuration space and
 // returns the offset of the first capability with the given ID. The walk is
 // bounded: a list that loops, or leaves the space, is a *[ConfigError]; a
-// sound list without the capability is [ErrNoCapability].
+// sound list without the capability is [ErrNoCapability]; a device that does
+// not answer is [ErrGone].
 func FindCapability(config []byte, id uint8) (int, error) {
+	if err := gone(config); err != nil {
+		return 0, err
+	}
 	if len(config) <= offCapabilities {
 		return 0, short(config, offCapabilities, "capability pointer")
 	}
@@ -142,13 +155,13 @@ func ParseMSIX(config []byte) (MSIX, error) {
 // ConfigProtocol takes the protocol type from a configuration space, after a
 // check of vendor and device ID.
 func ConfigProtocol(config []byte) (Protocol, error) {
+	if err := gone(config); err != nil {
+		return 0, err
+	}
 	if len(config) < offClass+3 {
 		return 0, short(config, offClass, "class code")
 	}
 	if id := binary.LittleEndian.Uint32(config); id != DeviceID<<16|VendorID {
-		if id == AllOnes {
-			return 0, fmt.Errorf("configuration space reads all ones: %w", ErrGone)
-		}
 		return 0, &ConfigError{Field: "vendor and device ID", Expected: "110A:4106", Found: fmt.Sprintf("%04X:%04X", uint16(id), id>>16)}
 	}
 	return ProtocolOf(binary.LittleEndian.Uint32(config[offClass-1:]) >> 8)

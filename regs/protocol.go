@@ -70,7 +70,8 @@ func (p Protocol) String() string {
 	return "virtio " + name + " " + end
 }
 
-// ParseProtocol reads a protocol type in C notation (4001 or 0x4001).
+// ParseProtocol reads a protocol type in C notation: decimal, or hexadecimal
+// with 0x in front.
 func ParseProtocol(s string) (Protocol, error) {
 	v, err := strconv.ParseUint(s, 0, 16)
 	if err != nil {

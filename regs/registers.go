@@ -48,11 +48,12 @@ var registerNames = map[Register]string{
 	DoorbellRegister: "Doorbell", State: "State",
 }
 
+// String is the name of the register, or its offset where there is none.
 func (r Register) String() string {
 	if s, ok := registerNames[r]; ok {
 		return s
 	}
-	return fmt.Sprintf("register %#02x", uint16(r))
+	return fmt.Sprintf("%02Xh", uint16(r))
 }
 
 // Doorbell is the value of the Doorbell register that rings vector at the

@@ -50,8 +50,9 @@ type VendorCap struct {
 func (c VendorCap) PrivilegedControl() int { return c.Offset + vcPrivileged }
 
 // ParseVendorCap finds and reads the vendor-specific capability of a
-// configuration space. Both lengths, 18h and 20h, are taken; a longer one is
-// read like 20h. Errors are [ErrNoCapability] or a *[ConfigError].
+// configuration space. Both lengths, 18h and 20h, are taken; one in between is
+// read like 18h, a longer one like 20h. Errors are [ErrNoCapability],
+// [ErrGone] or a *[ConfigError].
 func ParseVendorCap(config []byte) (VendorCap, error) {
 	at, err := FindCapability(config, CapVendor)
 	if err != nil {

@@ -6,7 +6,6 @@ import (
 	"os"
 	"sync"
 	"syscall"
-	"unsafe"
 )
 
 // ErrGone says that the device no longer answers: it was unplugged, unbound,
@@ -15,14 +14,17 @@ var ErrGone = errors.New("the device is gone")
 
 // Window is a mapped register region (BAR0). The mapping never leaves this
 // type: hypervisors emulate register accesses by decoding the instruction, and
-// Jailhouse stops the CPU at anything but a plain 32-bit move, so the two
-// assembly functions behind Load and Store are the only code that touches it.
+// Jailhouse stops the CPU at anything but a plain 32-bit move. So the two
+// assembly functions behind Load and Store are the only code that touches it,
+// and Window keeps the address as an integer: without package unsafe, which
+// this package does not import, no compiled Go code can access what is there.
 //
 // A Window is safe for concurrent use; after Close every access fails with
 // [os.ErrClosed].
 type Window struct {
-	mu  sync.RWMutex
-	mem []byte
+	mu   sync.RWMutex
+	base uintptr // 0 once closed
+	size int
 }
 
 // MapWindow maps size bytes of the register region from a file: the sysfs
@@ -32,11 +34,20 @@ func MapWindow(fd uintptr, offset int64, size int) (*Window, error) {
 	if size < int(State)+4 {
 		return nil, fmt.Errorf("register region: expected at least %d bytes, found %d", int(State)+4, size)
 	}
-	mem, err := syscall.Mmap(int(fd), offset, size, syscall.PROT_READ|syscall.PROT_WRITE, syscall.MAP_SHARED)
-	if err != nil {
+	// Behind the end of a regular file (sysfs has such, too) an access would
+	// end the process.
+	var st syscall.Stat_t
+	if err := syscall.Fstat(int(fd), &st); err != nil {
 		return nil, fmt.Errorf("map register region: %w", err)
 	}
-	return &Window{mem: mem}, nil
+	if st.Mode&syscall.S_IFMT == syscall.S_IFREG && (offset < 0 || offset > st.Size-int64(size)) {
+		return nil, fmt.Errorf("map register region: expected a file of at least %d bytes behind offset %#x, found one of %d in all", size, offset, st.Size)
+	}
+	base, _, errno := syscall.Syscall6(syscall.SYS_MMAP, 0, uintptr(size), syscall.PROT_READ|syscall.PROT_WRITE, syscall.MAP_SHARED, fd, uintptr(offset))
+	if errno != 0 {
+		return nil, fmt.Errorf("map register region: %w", errno)
+	}
+	return &Window{base: base, size: size}, nil
 }
 
 // Load reads the register r.
@@ -63,24 +74,27 @@ func (w *Window) Store(r Register, v uint32) error {
 	return nil
 }
 
-func (w *Window) at(r Register) (unsafe.Pointer, error) {
-	if w.mem == nil {
-		return nil, fmt.Errorf("register %v: %w", r, os.ErrClosed)
+func (w *Window) at(r Register) (uintptr, error) {
+	if w.base == 0 {
+		return 0, fmt.Errorf("register %v: %w", r, os.ErrClosed)
 	}
-	if r%4 != 0 || int(r)+4 > len(w.mem) {
-		return nil, fmt.Errorf("register %v: expected an aligned offset below %#x", r, len(w.mem))
+	if r%4 != 0 || int(r)+4 > w.size {
+		return 0, fmt.Errorf("register %v: expected an aligned offset below %02Xh", r, w.size)
 	}
-	return unsafe.Pointer(&w.mem[r]), nil
+	return w.base + uintptr(r), nil
 }
 
 // Close unmaps the region once no access is under way.
 func (w *Window) Close() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.mem == nil {
+	if w.base == 0 {
 		return nil
 	}
-	err := syscall.Munmap(w.mem)
-	w.mem = nil
-	return err
+	_, _, errno := syscall.Syscall(syscall.SYS_MUNMAP, w.base, uintptr(w.size), 0)
+	w.base = 0
+	if errno != 0 {
+		return fmt.Errorf("unmap register region: %w", errno)
+	}
+	return nil
 }

@@ -33,16 +33,11 @@ func (m *Memory) Size() uint64 { return m.size }
 // Close ends all views: from now on each access fails with [os.ErrClosed].
 func (m *Memory) Close() { m.closed.Store(true) }
 
-// ReadOnly returns a view of n bytes at offset that cannot store. The name
-// appears in errors.
+// ReadOnly returns a view of n bytes at offset, a multiple of 8, that cannot
+// store. The name appears in errors.
 func (m *Memory) ReadOnly(name string, offset, n uint64) (*ReadOnly, error) {
-	if offset > m.size || n > m.size-offset {
-		return nil, &BoundsError{Section: name, Offset: offset, Width: n, Size: m.size}
-	}
-	if offset%8 != 0 {
-		return nil, &AlignmentError{Section: name, Offset: offset, Width: 8}
-	}
-	return &ReadOnly{mem: m, base: unsafe.Add(m.base, offset), size: n, name: name}, nil
+	all := ReadOnly{mem: m, base: m.base, size: m.size, name: name}
+	return all.View(offset, n)
 }
 
 // ReadWrite returns a view of n bytes at offset that can store.
@@ -96,26 +91,25 @@ func (v *ReadOnly) Size() uint64 { return v.size }
 // View returns a view of n bytes at offset of this one. The offset has to be
 // a multiple of 8.
 func (v *ReadOnly) View(offset, n uint64) (*ReadOnly, error) {
-	if _, err := v.at(offset, n, 8); err != nil {
-		return nil, err
+	if !v.allows(offset, n, 8) {
+		return nil, v.refuse(offset, n, 8)
 	}
 	w := *v
-	w.base, w.size = unsafe.Add(v.base, offset), n
+	w.size = n
+	if n > 0 { // the end of the memory may be the start of something else
+		w.base = unsafe.Add(v.base, offset)
+	}
 	return &w, nil
 }
 
-// at checks an access and returns its address. Callers keep v.mem alive until
-// the access is over.
-func (v *ReadOnly) at(offset, width, align uint64) (unsafe.Pointer, error) {
-	if offset > v.size || width > v.size-offset || offset&(align-1) != 0 || v.mem.closed.Load() {
-		return nil, v.refuse(offset, width, align)
-	}
-	return unsafe.Add(v.base, offset), nil
+// allows checks an access: in 64-bit arithmetic that cannot overflow, and
+// small enough to be inlined. Whoever goes on keeps v.mem alive until the
+// access is over.
+func (v *ReadOnly) allows(offset, width, align uint64) bool {
+	return offset <= v.size && width <= v.size-offset && offset&(align-1) == 0 && !v.mem.closed.Load()
 }
 
-// refuse is apart from at so that at stays small enough to be inlined.
-//
-//go:noinline
+// refuse says why an access is not allowed.
 func (v *ReadOnly) refuse(offset, width, align uint64) error {
 	switch {
 	case v.mem.closed.Load():
@@ -129,11 +123,10 @@ func (v *ReadOnly) refuse(offset, width, align uint64) error {
 
 // Load8 loads the byte at offset, with acquire ordering.
 func (v *ReadOnly) Load8(offset uint64) (uint8, error) {
-	p, err := v.at(offset, 1, 1)
-	if err != nil {
-		return 0, err
+	if !v.allows(offset, 1, 1) {
+		return 0, v.refuse(offset, 1, 1)
 	}
-	x := load8(p)
+	x := load8(unsafe.Add(v.base, offset))
 	runtime.KeepAlive(v.mem)
 	return x, nil
 }
@@ -141,11 +134,10 @@ func (v *ReadOnly) Load8(offset uint64) (uint8, error) {
 // Load16 loads the 16-bit value at offset, a multiple of 2, with acquire
 // ordering.
 func (v *ReadOnly) Load16(offset uint64) (uint16, error) {
-	p, err := v.at(offset, 2, 2)
-	if err != nil {
-		return 0, err
+	if !v.allows(offset, 2, 2) {
+		return 0, v.refuse(offset, 2, 2)
 	}
-	x := load16(p)
+	x := load16(unsafe.Add(v.base, offset))
 	runtime.KeepAlive(v.mem)
 	return x, nil
 }
@@ -153,11 +145,10 @@ func (v *ReadOnly) Load16(offset uint64) (uint16, error) {
 // Load32 loads the 32-bit value at offset, a multiple of 4, with acquire
 // ordering.
 func (v *ReadOnly) Load32(offset uint64) (uint32, error) {
-	p, err := v.at(offset, 4, 4)
-	if err != nil {
-		return 0, err
+	if !v.allows(offset, 4, 4) {
+		return 0, v.refuse(offset, 4, 4)
 	}
-	x := atomic.LoadUint32((*uint32)(p))
+	x := atomic.LoadUint32((*uint32)(unsafe.Add(v.base, offset)))
 	runtime.KeepAlive(v.mem)
 	return x, nil
 }
@@ -165,11 +156,10 @@ func (v *ReadOnly) Load32(offset uint64) (uint32, error) {
 // Load64 loads the 64-bit value at offset, a multiple of 8, with acquire
 // ordering.
 func (v *ReadOnly) Load64(offset uint64) (uint64, error) {
-	p, err := v.at(offset, 8, 8)
-	if err != nil {
-		return 0, err
+	if !v.allows(offset, 8, 8) {
+		return 0, v.refuse(offset, 8, 8)
 	}
-	x := atomic.LoadUint64((*uint64)(p))
+	x := atomic.LoadUint64((*uint64)(unsafe.Add(v.base, offset)))
 	runtime.KeepAlive(v.mem)
 	return x, nil
 }
@@ -179,11 +169,12 @@ func (v *ReadOnly) Load64(offset uint64) (uint64, error) {
 // an error, nothing. Offset and length may be unaligned; the section itself
 // is accessed aligned only, which memory mapped as device memory needs.
 func (v *ReadOnly) ReadAt(p []byte, offset int64) (int, error) {
-	src, err := v.at(uint64(offset), uint64(len(p)), 1)
-	if err != nil {
-		return 0, err
+	if !v.allows(uint64(offset), uint64(len(p)), 1) {
+		return 0, v.refuse(uint64(offset), uint64(len(p)), 1)
 	}
-	copyFrom(p, src)
+	if len(p) > 0 {
+		copyFrom(p, unsafe.Add(v.base, offset))
+	}
 	runtime.KeepAlive(v.mem)
 	return len(p), nil
 }
@@ -204,11 +195,10 @@ func (v *ReadWrite) View(offset, n uint64) (*ReadWrite, error) {
 
 // Store8 stores the byte at offset, with release ordering.
 func (v *ReadWrite) Store8(offset uint64, x uint8) error {
-	p, err := v.at(offset, 1, 1)
-	if err != nil {
-		return err
+	if !v.allows(offset, 1, 1) {
+		return v.refuse(offset, 1, 1)
 	}
-	store8(p, x)
+	store8(unsafe.Add(v.base, offset), x)
 	runtime.KeepAlive(v.mem)
 	return nil
 }
@@ -216,35 +206,32 @@ func (v *ReadWrite) Store8(offset uint64, x uint8) error {
 // Store16 stores the 16-bit value at offset, a multiple of 2, with release
 // ordering.
 func (v *ReadWrite) Store16(offset uint64, x uint16) error {
-	p, err := v.at(offset, 2, 2)
-	if err != nil {
-		return err
+	if !v.allows(offset, 2, 2) {
+		return v.refuse(offset, 2, 2)
 	}
-	store16(p, x)
+	store16(unsafe.Add(v.base, offset), x)
 	runtime.KeepAlive(v.mem)
 	return nil
 }
 
-// Store32 stores the 32-bit value at offset, a multiple of 4. It is ordered
-// before and after all other accesses of this goroutine (sequentially
-// consistent).
+// Store32 stores the 32-bit value at offset, a multiple of 4, with release
+// ordering. Beyond that, 32-bit and 64-bit loads and stores are sequentially
+// consistent: a later Load32 or Load64 does not overtake it.
 func (v *ReadWrite) Store32(offset uint64, x uint32) error {
-	p, err := v.at(offset, 4, 4)
-	if err != nil {
-		return err
+	if !v.allows(offset, 4, 4) {
+		return v.refuse(offset, 4, 4)
 	}
-	atomic.StoreUint32((*uint32)(p), x)
+	atomic.StoreUint32((*uint32)(unsafe.Add(v.base, offset)), x)
 	runtime.KeepAlive(v.mem)
 	return nil
 }
 
 // Store64 stores the 64-bit value at offset, a multiple of 8, like Store32.
 func (v *ReadWrite) Store64(offset uint64, x uint64) error {
-	p, err := v.at(offset, 8, 8)
-	if err != nil {
-		return err
+	if !v.allows(offset, 8, 8) {
+		return v.refuse(offset, 8, 8)
 	}
-	atomic.StoreUint64((*uint64)(p), x)
+	atomic.StoreUint64((*uint64)(unsafe.Add(v.base, offset)), x)
 	runtime.KeepAlive(v.mem)
 	return nil
 }
@@ -252,11 +239,12 @@ func (v *ReadWrite) Store64(offset uint64, x uint64) error {
 // WriteAt copies p to offset, all of it or, with an error, nothing. See
 // ReadAt for alignment and atomicity.
 func (v *ReadWrite) WriteAt(p []byte, offset int64) (int, error) {
-	dst, err := v.at(uint64(offset), uint64(len(p)), 1)
-	if err != nil {
-		return 0, err
+	if !v.allows(uint64(offset), uint64(len(p)), 1) {
+		return 0, v.refuse(uint64(offset), uint64(len(p)), 1)
 	}
-	copyTo(dst, p)
+	if len(p) > 0 {
+		copyTo(unsafe.Add(v.base, offset), p)
+	}
 	runtime.KeepAlive(v.mem)
 	return len(p), nil
 }

@@ -229,6 +229,10 @@ func (c *Client) call(cmd wire.Command, fds []int, maxPayload, maxFDs int) ([]by
 			if err := c.decline(h); err != nil {
 				return nil, nil, c.lost(h.Command, err)
 			}
+			// A server that never stops must not keep the caller for ever.
+			if !time.Now().Before(deadline) {
+				return nil, nil, c.lost(cmd, os.ErrDeadlineExceeded)
+			}
 			continue
 		}
 		if h.Flags&wire.Error != 0 {

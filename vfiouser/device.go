@@ -97,6 +97,10 @@ const (
 //     those of Start …, or none: de-assign the range.
 //   - Otherwise the action concerns each sub-index of the range, or, where
 //     Bools is set, those whose byte is not 0.
+//
+// The server half never passes on EventFD with another action than IRQTrigger:
+// to be told of masking through an eventfd is refused. The slices are the
+// receiver's to keep.
 type IRQSet struct {
 	Index   uint32
 	Action  IRQAction
@@ -126,7 +130,8 @@ type IOFD struct {
 // on the wire, any other becomes EINVAL. A method that fails has changed
 // nothing.
 type Device interface {
-	// Region describes region index, which is below NumRegions.
+	// Region describes region index, which is below NumRegions. It is asked
+	// once per connection, before the first message.
 	Region(index uint32) Region
 	// ReadRegion fills p from the region; offset and len(p) lie inside it.
 	// len(p) is never 0.

@@ -19,6 +19,9 @@ import (
 // A test that waits this long for the other end has failed.
 const patience = 20 * time.Second
 
+// max32 is 2^32-1 where cat takes an int for a 32-bit field.
+const max32 = -1
+
 // cat joins little-endian integers, strings and bytes.
 func cat(parts ...any) []byte {
 	var b []byte

@@ -15,8 +15,12 @@ import (
 // over in any case. EBUSY is the usual answer to one client too many. Unlike
 // Serve it costs no thread while it waits.
 func Refuse(conn *net.UnixConn, errno unix.Errno) error {
+	return refuse(conn, errno, DefaultTimeout)
+}
+
+func refuse(conn *net.UnixConn, errno unix.Errno, timeout time.Duration) error {
 	defer conn.Close()
-	if err := conn.SetDeadline(time.Now().Add(DefaultTimeout)); err != nil {
+	if err := conn.SetDeadline(time.Now().Add(timeout)); err != nil {
 		return err
 	}
 	// Descriptors that a plain read does not ask for are dropped by the kernel.

@@ -129,7 +129,6 @@ func (s *Server) negotiate() error {
 
 // version answers the VERSION request h, whose payload has been received.
 func (s *Server) version(h wire.Header) error {
-	defer s.dropFDs()
 	if h.Command != wire.Version {
 		return s.reject(h, "VERSION as the first message", h.Command.String())
 	}

@@ -38,13 +38,11 @@ func (s *Server) regionInfo(p []byte) error {
 		return nil
 	}
 	info.Flags = uint32(r.Flags & (RegionRead | RegionWrite | RegionMmap))
+	info.Offset = r.FileOffset
 	mappable := r.Flags&RegionMmap != 0
 	sparse := mappable && len(r.Areas) > 0
 	if sparse {
 		info.Argsz += uint32(wire.SparseMmapSize(len(r.Areas)))
-	}
-	if mappable {
-		info.Offset = r.FileOffset
 	}
 	if req.Argsz < info.Argsz {
 		// The short answer says how much room the full one needs. It has
@@ -200,7 +198,7 @@ func (s *Server) decodeIRQSet(p []byte) (set IRQSet, ok bool) {
 	if req.Start >= number || uint64(req.Start)+uint64(req.Count) > uint64(number) {
 		return set, false
 	}
-	if (req.Index == IRQError || req.Index == IRQRequest) && (set.Action != IRQTrigger || req.Count > 1) {
+	if (req.Index == IRQError || req.Index == IRQRequest) && set.Action != IRQTrigger {
 		return set, false
 	}
 	if req.Count == 0 && (req.Start != 0 || req.Flags != wire.IRQActionTrigger|wire.IRQDataNone) {

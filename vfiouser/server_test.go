@@ -138,6 +138,7 @@ func TestVersionRejected(t *testing.T) {
 		{"another command first", message(7, 4, 16, 0, 0, 0)},
 		{"invalid_major", message(7, 1, uint16(999), uint16(0))},
 		{"long_write", cat(uint16(7), uint16(1), 1<<20+49, 0, 0)},
+		{"longer than any VERSION", cat(uint16(7), uint16(1), 4097, 0, 0)},
 		{"json_missing_NUL", version("{}")},
 		{"only NUL", version("\x00")},
 		{"missing_closing_brace", version("{\x00")},
@@ -190,6 +191,17 @@ func TestVersionTimeout(t *testing.T) {
 	}
 }
 
+// TestNoTick: once the client has introduced itself, an idle connection costs
+// no wake-ups.
+func TestNoTick(t *testing.T) {
+	s := greeted(t)
+	s.alive() // so the loop is beyond VERSION
+	value, err := unix.GetsockoptTimeval(s.srv.FD(), unix.SOL_SOCKET, unix.SO_RCVTIMEO)
+	if err != nil || value.Nano() != 0 {
+		t.Errorf("receive time limit %+v, %v, want none", value, err)
+	}
+}
+
 func TestClientThatNeverSpeaks(t *testing.T) {
 	s := serve(t, vfiouser.ServerOptions{})
 	s.close()
@@ -213,6 +225,38 @@ func TestServerClose(t *testing.T) {
 	}
 }
 
+// TestCloseDuringFlood ends servers while they are busy with requests that
+// carry descriptors, some of them malformed.
+func TestCloseDuringFlood(t *testing.T) {
+	for range 20 {
+		s := greeted(t)
+		e := eventfd(t, 0)
+		flood := make(chan error)
+		go func() {
+			for {
+				for _, m := range [][]byte{
+					message(1, 8, 20, trigger|event, 2, 0, 1),
+					message(2, 8, 20, trigger|event, 2, 0, 2),
+					message(3, 8, 20, trigger|none, 2, 0, 0),
+				} {
+					if err := s.tryWrite(m, e); err != nil {
+						flood <- err
+						return
+					}
+				}
+			}
+		}()
+		s.expect(answer(1, 8)) // the flood has reached the loop
+		s.srv.Close()
+		if err := s.wait(t); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("Run: %v, want net.ErrClosed", err)
+		}
+		if err := <-flood; err != unix.EPIPE && err != unix.ECONNRESET {
+			t.Errorf("the flood ended with %v", err)
+		}
+	}
+}
+
 // TestFraming is what ends a connection, and what must not.
 func TestFraming(t *testing.T) {
 	for _, c := range []struct {
@@ -223,7 +267,7 @@ func TestFraming(t *testing.T) {
 		{"too_small", cat(uint16(5), uint16(4), 15, 0, 0), errorAnswer(5, 4, unix.EINVAL)},
 		{"size 0", cat(uint16(5), uint16(4), 0, 0, 0), errorAnswer(5, 4, unix.EINVAL)},
 		{"too_large, nothing after it", cat(uint16(5), uint16(4), 1<<20+33, 0, 0), errorAnswer(5, 4, unix.EINVAL)},
-		{"size 2^32-1", cat(uint16(5), uint16(10), 0xffffffff, 0, 0), errorAnswer(5, 10, unix.EINVAL)},
+		{"size 2^32-1", cat(uint16(5), uint16(10), max32, 0, 0), errorAnswer(5, 10, unix.EINVAL)},
 		{"unsolicited_reply", cat(uint16(5), uint16(4), 16, 1, 0), errorAnswer(5, 4, unix.EINVAL)},
 		{"type 2", cat(uint16(5), uint16(4), 16, 2, 0), errorAnswer(5, 4, unix.EINVAL)},
 		{"type 15", cat(uint16(5), uint16(4), 16, 15, 0), errorAnswer(5, 4, unix.EINVAL)},
@@ -425,11 +469,58 @@ func TestRefuse(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Error(err)
 	}
-	// A client that says nothing, and one that goes away.
+	// Framing that makes no sense is refused all the same.
 	peer, conn = newPair(t)
 	go func() { done <- vfiouser.Refuse(conn, unix.EBUSY) }()
-	peer.close()
-	if err := <-done; !errors.Is(err, io.EOF) {
-		t.Errorf("%v, want io.EOF", err)
+	peer.write(cat(uint16(3), uint16(1), max32, 0, 0))
+	peer.expect(errorAnswer(3, 1, unix.EBUSY))
+	peer.expectClosed()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	// A client that wants no reply, one that goes away, one that says nothing,
+	// and one that does not finish.
+	for _, c := range []struct {
+		bytes []byte
+		end   bool
+		want  error
+	}{
+		{cat(uint16(3), uint16(1), 16, 0x10, 0), false, nil},
+		{nil, true, io.EOF},
+		{message(3, 1, uint16(0), uint16(0))[:17], true, io.ErrUnexpectedEOF},
+		{nil, false, os.ErrDeadlineExceeded},
+		{message(3, 1, uint16(0), uint16(0))[:17], false, os.ErrDeadlineExceeded},
+	} {
+		peer, conn = newPair(t)
+		go func() { done <- vfiouser.RefuseWithin(conn, unix.EBUSY, 20*time.Millisecond) }()
+		peer.write(c.bytes)
+		if c.end {
+			peer.close()
+		}
+		if err := <-done; !errors.Is(err, c.want) {
+			t.Errorf("after %x: %v, want %v", c.bytes, err, c.want)
+		}
+		if !c.end {
+			peer.expectClosed()
+		}
+	}
+}
+
+// TestServerNotRun: Close alone gives everything back.
+func TestServerNotRun(t *testing.T) {
+	checkLeaks(t)
+	peer, conn := newPair(t)
+	srv, err := vfiouser.NewServer(conn, newFake(t), vfiouser.ServerOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv.Close()
+	peer.expectClosed()
+	if err := srv.Run(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Run after Close: %v, want net.ErrClosed", err)
+	}
+	// A connection that is closed already.
+	if err := vfiouser.Serve(conn, newFake(t), vfiouser.ServerOptions{}); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Serve: %v, want net.ErrClosed", err)
 	}
 }

@@ -1,9 +1,9 @@
 package evfd
 
 import (
-	"errors"
 	"fmt"
 	"os"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -44,6 +44,8 @@ type Set struct {
 	n    int
 	err  error
 	poll func(fd uintptr) bool // bound once, so that sleeping does not allocate
+
+	closed atomic.Bool
 }
 
 // NewSet returns an empty set.
@@ -82,14 +84,19 @@ func (s *Set) Add(fd int, events uint32, tag int32) error {
 }
 
 // Wait sleeps until a descriptor is ready and returns what is. The result is
-// valid until the next call.
+// valid until the next call. After Close, and when Close ends the sleep, it
+// fails with os.ErrClosed.
 func (s *Set) Wait(how Sleep) ([]unix.EpollEvent, error) {
+	if s.closed.Load() {
+		return nil, os.ErrClosed
+	}
 	if how == SleepThread {
 		n, err := Wait(s.epfd, s.ev[:], -1)
 		return s.ev[:max(n, 0)], err
 	}
 	if err := s.raw.Read(s.poll); err != nil {
-		if errors.Is(err, os.ErrClosed) {
+		// The poller's own error for this is none that others can name.
+		if s.closed.Load() {
 			return nil, os.ErrClosed
 		}
 		return nil, err
@@ -99,4 +106,7 @@ func (s *Set) Wait(how Sleep) ([]unix.EpollEvent, error) {
 
 // Close closes the set, not its descriptors. Nobody may be sleeping in it by
 // SleepThread.
-func (s *Set) Close() error { return s.file.Close() }
+func (s *Set) Close() error {
+	s.closed.Store(true)
+	return s.file.Close()
+}

@@ -22,7 +22,7 @@ func Geometry(config []byte, load func(regs.Register) (uint32, error)) (l shmem.
 	if err != nil {
 		return l, 0, err
 	}
-	if own == regs.AllOnes && peers == regs.AllOnes {
+	if own == regs.AllOnes || peers == regs.AllOnes { // neither is a valid value
 		return l, 0, fmt.Errorf("registers read all ones: %w", regs.ErrGone)
 	}
 	if l, err = shmem.NewLayout(uint64(c.StateTable), c.ReadWrite, c.Output, peers); err != nil {

@@ -24,7 +24,8 @@ type Mapping struct {
 }
 
 // Map maps size bytes of a file at offset, shared, read-only or read-write.
-// The descriptor can be closed afterwards.
+// The descriptor can be closed afterwards. A file that ends before is an
+// error; what becomes shorter later has to be kept out by seals.
 func Map(fd int, offset int64, size uint64, write bool) (*Mapping, error) {
 	prot := unix.PROT_READ
 	if write {
@@ -32,6 +33,15 @@ func Map(fd int, offset int64, size uint64, write bool) (*Mapping, error) {
 	}
 	if page := int64(os.Getpagesize()); offset%page != 0 {
 		return nil, fmt.Errorf("map %d bytes at offset %#x: expected a multiple of the page size %d of this machine", size, offset, page)
+	}
+	// Behind the end of a regular file (memfds and sysfs files are such) an
+	// access would end the process.
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, fmt.Errorf("map %d bytes at offset %#x: %w", size, offset, err)
+	}
+	if st.Mode&unix.S_IFMT == unix.S_IFREG && (offset < 0 || offset > st.Size || size > uint64(st.Size-offset)) {
+		return nil, fmt.Errorf("map %d bytes at offset %#x: expected a file that is as long, found one of %d bytes", size, offset, st.Size)
 	}
 	p, err := unix.MmapPtr(fd, offset, nil, uintptr(size), prot, unix.MAP_SHARED)
 	if err != nil {

@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"sync"
+	"sync/atomic"
 
 	"github.com/ivshmem-go/ivshmem/internal/evfd"
 	"github.com/ivshmem-go/ivshmem/internal/fault"
@@ -21,9 +21,7 @@ type Carrier struct {
 	window  *regs.Window
 	set     *mem.Set
 	disable bool
-
-	close sync.Once
-	err   error
+	closed  atomic.Bool
 }
 
 // Open maps the device. It needs root, or access rights to the resource
@@ -105,10 +103,20 @@ func (c *Carrier) Address() string { return c.dev.Addr }
 func (c *Carrier) Driver() string { return "sysfs" }
 
 // Config reads the configuration space.
-func (c *Carrier) Config() ([]byte, error) { return c.dev.ReadConfig() }
+func (c *Carrier) Config() ([]byte, error) {
+	if c.closed.Load() {
+		return nil, os.ErrClosed
+	}
+	return c.dev.ReadConfig()
+}
 
 // WriteConfig writes one byte of the configuration space.
-func (c *Carrier) WriteConfig(offset int, v uint8) error { return c.dev.writeConfig(offset, v) }
+func (c *Carrier) WriteConfig(offset int, v uint8) error {
+	if c.closed.Load() {
+		return os.ErrClosed
+	}
+	return c.dev.writeConfig(offset, v)
+}
 
 // Load reads a register.
 func (c *Carrier) Load(r regs.Register) (uint32, error) { return c.window.Load(r) }
@@ -124,18 +132,18 @@ func (c *Carrier) Interrupts() evfd.Interrupts { return evfd.Interrupts{Hangup: 
 
 // Close unmaps the device.
 func (c *Carrier) Close() error {
-	c.close.Do(func() {
-		var errs []error
-		if c.window != nil {
-			errs = append(errs, c.window.Close())
-		}
-		if c.set != nil {
-			errs = append(errs, c.set.Close())
-		}
-		if c.disable {
-			errs = append(errs, c.enable("0"))
-		}
-		c.err = errors.Join(errs...)
-	})
-	return c.err
+	if c.closed.Swap(true) {
+		return nil
+	}
+	var errs []error
+	if c.window != nil {
+		errs = append(errs, c.window.Close())
+	}
+	if c.set != nil {
+		errs = append(errs, c.set.Close())
+	}
+	if c.disable {
+		errs = append(errs, c.enable("0"))
+	}
+	return errors.Join(errs...)
 }

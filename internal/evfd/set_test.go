@@ -1,0 +1,215 @@
+package evfd_test
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ivshmem-go/ivshmem/internal/evfd"
+)
+
+var sleeps = map[string]evfd.Sleep{"thread": evfd.SleepThread, "poller": evfd.SleepPoller}
+
+// set returns a set of eventfds, tagged with their index.
+func set(t testing.TB, fds ...int) *evfd.Set {
+	t.Helper()
+	s, err := evfd.NewSet()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	for i, fd := range fds {
+		if err := s.Add(fd, unix.EPOLLIN, int32(i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return s
+}
+
+// tags waits and returns the tags of what is ready.
+func tags(t testing.TB, s *evfd.Set, how evfd.Sleep) (tags []int32) {
+	t.Helper()
+	events, err := s.Wait(how)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range events {
+		tags = append(tags, e.Fd)
+	}
+	slices.Sort(tags)
+	return tags
+}
+
+func TestSetReady(t *testing.T) {
+	for name, how := range sleeps {
+		t.Run(name, func(t *testing.T) {
+			a, b, c := eventfd(t), eventfd(t), eventfd(t)
+			s := set(t, a, b, c)
+			evfd.Signal(b)
+			// Not drained, it stays ready.
+			for range 2 {
+				if got := tags(t, s, how); !slices.Equal(got, []int32{1}) {
+					t.Errorf("ready: %v, want [1]", got)
+				}
+			}
+			evfd.Signal(a)
+			evfd.Signal(c)
+			if got := tags(t, s, how); !slices.Equal(got, []int32{0, 1, 2}) {
+				t.Errorf("ready: %v, want [0 1 2]", got)
+			}
+			evfd.Drain(b)
+			evfd.Drain(a)
+			if got := tags(t, s, how); !slices.Equal(got, []int32{2}) {
+				t.Errorf("ready: %v, want [2]", got)
+			}
+		})
+	}
+}
+
+// Each signal wakes the sleeper: a signal that came between the look and the
+// sleep, or while asleep.
+func TestSetWakes(t *testing.T) {
+	for name, how := range sleeps {
+		t.Run(name, func(t *testing.T) {
+			const rounds = 2000
+			ping, pong := eventfd(t), eventfd(t)
+			there, back := set(t, ping), set(t, pong)
+			done := make(chan error, 1)
+			go func() {
+				for range rounds {
+					if _, err := there.Wait(how); err != nil {
+						done <- err
+						return
+					}
+					if n := evfd.Take(ping); n != 1 {
+						done <- fmt.Errorf("%d signals, want 1", n)
+						return
+					}
+					evfd.Signal(pong)
+				}
+				done <- nil
+			}()
+			for range rounds {
+				evfd.Signal(ping)
+				if got := tags(t, back, how); !slices.Equal(got, []int32{0}) || evfd.Take(pong) != 1 {
+					t.Fatalf("ready: %v", got)
+				}
+			}
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+func TestSetHangup(t *testing.T) {
+	for name, how := range sleeps {
+		t.Run(name, func(t *testing.T) {
+			pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer unix.Close(pair[0])
+			s := set(t)
+			if err := s.Add(pair[0], unix.EPOLLRDHUP, -2); err != nil {
+				t.Fatal(err)
+			}
+			result := make(chan []unix.EpollEvent, 1)
+			go func() {
+				events, err := s.Wait(how)
+				if err != nil {
+					t.Error(err)
+				}
+				result <- slices.Clone(events)
+			}()
+			unix.Close(pair[1])
+			if e := <-result; len(e) != 1 || e[0].Fd != -2 || e[0].Events&unix.EPOLLRDHUP == 0 {
+				t.Errorf("events %+v, want a hang-up of -2", e)
+			}
+		})
+	}
+}
+
+// More are ready than one call returns: the others come with the next calls.
+func TestSetManyReady(t *testing.T) {
+	for name, how := range sleeps {
+		t.Run(name, func(t *testing.T) {
+			fds := make([]int, 100)
+			for i := range fds {
+				fds[i] = eventfd(t)
+				evfd.Signal(fds[i])
+			}
+			s := set(t, fds...)
+			seen := map[int32]bool{}
+			for len(seen) < len(fds) {
+				for _, tag := range tags(t, s, how) {
+					if seen[tag] || !evfd.Drain(fds[tag]) {
+						t.Fatalf("%d came twice", tag)
+					}
+					seen[tag] = true
+				}
+			}
+		})
+	}
+}
+
+func TestSetErrors(t *testing.T) {
+	s := set(t)
+	if err := s.Add(1<<20, unix.EPOLLIN, 0); !errors.Is(err, unix.EBADF) {
+		t.Errorf("add no descriptor: %v", err)
+	}
+	f, err := os.Create(filepath.Join(t.TempDir(), "file"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := s.Add(int(f.Fd()), unix.EPOLLIN, 0); !errors.Is(err, unix.EPERM) {
+		t.Errorf("add a file, which is always ready: %v", err)
+	}
+}
+
+// parked returns when a goroutine sleeps in Go's poller for a set.
+func parked() {
+	stacks := make([]byte, 1<<20)
+	for {
+		for g := range strings.SplitSeq(string(stacks[:runtime.Stack(stacks, true)]), "\n\n") {
+			if strings.Contains(g, "[IO wait") && strings.Contains(g, "evfd.(*Set).Wait") {
+				return
+			}
+		}
+		runtime.Gosched()
+	}
+}
+
+// Close ends a sleep in the poller, and later waits fail in both ways.
+func TestSetClose(t *testing.T) {
+	for i := range 100 {
+		s := set(t, eventfd(t))
+		result := make(chan error, 1)
+		go func() {
+			_, err := s.Wait(evfd.SleepPoller)
+			result <- err
+		}()
+		if i%2 == 0 { // else somewhere on its way
+			parked()
+		}
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-result; !errors.Is(err, os.ErrClosed) {
+			t.Fatalf("wait during Close: %v, want os.ErrClosed", err)
+		}
+		for name, how := range sleeps {
+			if _, err := s.Wait(how); !errors.Is(err, os.ErrClosed) {
+				t.Fatalf("%s: wait after Close: %v, want os.ErrClosed", name, err)
+			}
+		}
+	}
+}

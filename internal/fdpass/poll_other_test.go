@@ -1,0 +1,7 @@
+//go:build !amd64
+
+package fdpass
+
+import "golang.org/x/sys/unix"
+
+var pollSyscalls = []int{unix.SYS_PPOLL}
