@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/ivshmem-go/ivshmem/internal/fault"
 	"github.com/ivshmem-go/ivshmem/internal/sysfs"
@@ -110,5 +111,15 @@ func openVFIO(dev *sysfs.Device, observer bool) (Backend, error) {
 			Err:    fmt.Errorf("%w: %v owns the device, and vfio-pci lets nobody else see its registers and memory", ErrBusy, o),
 			Remedy: "ask that process"}
 	}
-	return vfio.Open(dev.Addr)
+	// An observer has the device for a moment only: it is worth waiting for.
+	for start := time.Now(); ; time.Sleep(10 * time.Millisecond) {
+		b, err := vfio.Open(dev.Addr)
+		if !errors.Is(err, ErrBusy) || time.Since(start) > observerPatience {
+			return b, err
+		}
+	}
 }
+
+// observerPatience is how long a device that another process has open through
+// vfio-pci without owning it is tried again.
+const observerPatience = 2 * time.Second

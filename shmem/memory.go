@@ -181,12 +181,19 @@ func (v *ReadOnly) ReadAt(p []byte, offset int64) (int, error) {
 
 // ReadWrite is a view that can store: of the R/W section or of the own output
 // section. It implements [io.ReaderAt] and [io.WriterAt].
-type ReadWrite struct{ ReadOnly }
+type ReadWrite struct{ readOnly }
+
+// readOnly embeds without a name that others could set: nobody can make a
+// view that stores out of one that does not.
+type readOnly = ReadOnly
+
+// ReadOnly returns the view without the ability to store.
+func (v *ReadWrite) ReadOnly() *ReadOnly { return &v.readOnly }
 
 // View returns a view of n bytes at offset of this one. The offset has to be
 // a multiple of 8.
 func (v *ReadWrite) View(offset, n uint64) (*ReadWrite, error) {
-	r, err := v.ReadOnly.View(offset, n)
+	r, err := v.readOnly.View(offset, n)
 	if err != nil {
 		return nil, err
 	}

@@ -252,7 +252,7 @@ func TestSubViews(t *testing.T) {
 	if w.Size() != 16 || w.Name() != "R/W section" {
 		t.Errorf("view %q of %d bytes", w.Name(), w.Size())
 	}
-	r, err := w.ReadOnly.View(8, 8)
+	r, err := w.ReadOnly().View(8, 8)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -283,7 +283,7 @@ func TestClosed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	table, err := shmem.NewStateTable(&v.ReadOnly, 16)
+	table, err := shmem.NewStateTable(v.ReadOnly(), 16)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -352,7 +352,7 @@ func TestSectionReader(t *testing.T) {
 func TestAllocates(t *testing.T) {
 	m, _ := memory(t, 64)
 	v := view(t, m, 0, 64)
-	table, err := shmem.NewStateTable(&v.ReadOnly, 2)
+	table, err := shmem.NewStateTable(v.ReadOnly(), 2)
 	if err != nil {
 		t.Fatal(err)
 	}

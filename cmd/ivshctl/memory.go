@@ -55,12 +55,12 @@ func place(c *cli.Context, d *ivshmem.Device) (*shmem.ReadOnly, *shmem.ReadWrite
 		if s.ReadWrite == nil {
 			return nil, nil, errors.New("this link has no R/W section: `ivshctl info` shows its sections")
 		}
-		return &s.ReadWrite.ReadOnly, s.ReadWrite, nil
+		return s.ReadWrite.ReadOnly(), s.ReadWrite, nil
 	case name == "output" && !foreign:
 		if s.Output == nil {
 			return nil, nil, errors.New("this link has no output sections: `ivshctl info` shows its sections")
 		}
-		return &s.Output.ReadOnly, s.Output, nil
+		return s.Output.ReadOnly(), s.Output, nil
 	case name == "output":
 		id, err := parseUint("peer", peer, 32)
 		if err != nil {

@@ -200,7 +200,7 @@ func TestSectionsAreProtected(t *testing.T) {
 				}
 			}
 			if c.rw > 0 {
-				first("R/W section", &s.Sections.ReadWrite.ReadOnly, 0x10, c.rw)
+				first("R/W section", s.Sections.ReadWrite.ReadOnly(), 0x10, c.rw)
 			} else if s.Sections.ReadWrite != nil {
 				t.Error("an R/W section is there")
 			}
@@ -209,7 +209,7 @@ func TestSectionsAreProtected(t *testing.T) {
 					t.Error("output sections are there")
 				}
 			} else {
-				first("output section", &s.Sections.Output.ReadOnly, 0xa0+byte(c.own), c.out)
+				first("output section", s.Sections.Output.ReadOnly(), 0xa0+byte(c.own), c.out)
 				for peer := range l.Peers {
 					in, err := s.Sections.Input(peer)
 					if err != nil {

@@ -44,7 +44,7 @@ func openLanes(d *ivshmem.Device, peer uint32) (l lanes, err error) {
 		if err != nil {
 			return l, err
 		}
-		l.in = &in.ReadOnly
+		l.in = in.ReadOnly()
 		l.out, err = s.ReadWrite.View(laneSize*uint64(d.ID()), laneSize)
 		return l, err
 	}

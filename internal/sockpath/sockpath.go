@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 
 	"golang.org/x/sys/unix"
 
@@ -32,6 +33,16 @@ func Check(path string) error {
 func Listen(path string) (*net.UnixListener, error) {
 	if err := Check(path); err != nil {
 		return nil, err
+	}
+	// Of two services that find the same stale socket, one would remove the
+	// other's fresh one: so one looks, removes and listens at a time.
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX); err != nil {
+		return nil, fmt.Errorf("lock %s: %w", dir.Name(), err)
 	}
 	addr := &net.UnixAddr{Name: path, Net: "unix"}
 	l, err := net.ListenUnix("unix", addr)
