@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 
 	"golang.org/x/sys/unix"
 
@@ -49,16 +50,19 @@ func (s *settings) peers(ctx context.Context, socket string) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	exits := make(chan error, 2)
-	for range 2 {
+	for i := range 2 {
 		cmd := exec.CommandContext(ctx, "/proc/self/exe", append([]string{"--device", socket}, os.Args[1:]...)...)
 		cmd.Env = append(os.Environ(), quietPong+"=1")
 		cmd.Stdout, cmd.Stderr = s.out, s.err
 		cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
 		cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGTERM) }
-		if err := cmd.Start(); err != nil {
-			return fmt.Errorf("start a peer: %w", err)
-		}
-		go func() { exits <- cmd.Wait() }()
+		go func() {
+			// The kernel takes the end of the thread that starts a child for
+			// the end of its parent, so the thread has to stay; and the child
+			// inherits the CPUs of the thread.
+			runtime.LockOSThread()
+			exits <- s.runOn(i, cmd)
+		}()
 	}
 	var first error
 	for range 2 {
@@ -68,4 +72,16 @@ func (s *settings) peers(ctx context.Context, socket string) error {
 		}
 	}
 	return first
+}
+
+// runOn runs a peer process, on a CPU of its own if --cpus names some.
+func (s *settings) runOn(i int, cmd *exec.Cmd) error {
+	if s.cpus != nil {
+		var set unix.CPUSet
+		set.Set(s.cpus[i])
+		if err := unix.SchedSetaffinity(0, &set); err != nil {
+			return fmt.Errorf("run on CPU %d: %w", s.cpus[i], err)
+		}
+	}
+	return cmd.Run()
 }

@@ -13,6 +13,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"strconv"
 	"strings"
 	"time"
 
@@ -59,6 +60,7 @@ type settings struct {
 	count    uint64
 	warmup   uint64
 	poller   bool
+	cpus     []int // of the two embedded peers; nil: any
 	silence  time.Duration
 	json     bool
 	out, err io.Writer
@@ -81,6 +83,7 @@ func newApp(out, errOut io.Writer) *cli.App {
 			&cli.Uint64Flag{Name: "count", Aliases: []string{"n"}, Usage: "round trips that count", Value: 20000, Destination: &s.count},
 			&cli.Uint64Flag{Name: "warmup", Usage: "round trips before those", Value: 1000, Destination: &s.warmup},
 			&cli.StringFlag{Name: "sleep", Usage: "how to sleep in mode interrupt: thread (a blocked thread) or poller (Go's)", Value: "thread"},
+			&cli.StringFlag{Name: "cpus", Usage: "`A,B`: the CPUs for the two processes of this machine"},
 			&cli.DurationFlag{Name: "silence", Usage: "how long the peer may say nothing", Value: 10 * time.Second, Destination: &s.silence},
 			&cli.BoolFlag{Name: "json", Usage: "print JSON, an object for each mode", Destination: &s.json},
 		},
@@ -91,7 +94,7 @@ func newApp(out, errOut io.Writer) *cli.App {
 			if c.NArg() > 0 {
 				return usageError{fmt.Errorf("unexpected argument %q", c.Args().First())}
 			}
-			if err := s.parse(c.String("mode"), c.String("sleep")); err != nil {
+			if err := s.parse(c.String("mode"), c.String("sleep"), c.String("cpus")); err != nil {
 				return usageError{err}
 			}
 			return s.run(c.Context)
@@ -99,7 +102,7 @@ func newApp(out, errOut io.Writer) *cli.App {
 	}
 }
 
-func (s *settings) parse(mode, sleep string) error {
+func (s *settings) parse(mode, sleep, cpus string) error {
 	if mode == "both" {
 		s.modes = []pingpong.Mode{pingpong.Poll, pingpong.Interrupt}
 	} else {
@@ -115,6 +118,18 @@ func (s *settings) parse(mode, sleep string) error {
 		s.poller = true
 	default:
 		return fmt.Errorf("--sleep %q: expected thread or poller", sleep)
+	}
+	if cpus != "" {
+		for f := range strings.SplitSeq(cpus, ",") {
+			n, err := strconv.ParseUint(f, 10, 16)
+			if err != nil {
+				return fmt.Errorf("--cpus %q: expected two numbers such as 0,1", cpus)
+			}
+			s.cpus = append(s.cpus, int(n))
+		}
+		if len(s.cpus) != 2 {
+			return fmt.Errorf("--cpus %q: expected two numbers such as 0,1", cpus)
+		}
 	}
 	if s.count == 0 {
 		return errors.New("--count: expected at least 1")

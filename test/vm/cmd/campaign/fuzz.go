@@ -6,8 +6,10 @@ import (
 	"os"
 	"os/exec"
 	"regexp"
+	"runtime"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -38,21 +40,36 @@ func fuzz(ctx context.Context, r *Report) error {
 	}
 	r.Config["targets"] = targets
 	r.atLeast("fuzzers", float64(len(targets)), 3)
-	findings := 0
-	for _, t := range targets {
-		pkg, name, _ := strings.Cut(t, " ")
+	// As many at a time as there are CPUs, each with one worker.
+	type result struct {
+		runs float64
+		err  error
+	}
+	results := make([]result, len(targets))
+	free := make(chan struct{}, runtime.NumCPU())
+	var all sync.WaitGroup
+	for i, t := range targets {
+		free <- struct{}{}
 		r.say("fuzzing %s for %v", t, r.Duration)
-		runs, err := fuzzOne(ctx, root, tags, pkg, name, r.Duration)
-		short := strings.TrimPrefix(pkg, "github.com/ivshmem-go/ivshmem/") + " " + name
-		if err != nil {
-			if ctx.Err() != nil {
-				return ctx.Err()
-			}
+		all.Go(func() {
+			defer func() { <-free }()
+			pkg, name, _ := strings.Cut(t, " ")
+			results[i].runs, results[i].err = fuzzOne(ctx, root, tags, pkg, name, r.Duration)
+		})
+	}
+	all.Wait()
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	findings := 0
+	for i, t := range targets {
+		short := strings.TrimPrefix(t, "github.com/ivshmem-go/ivshmem/")
+		if err := results[i].err; err != nil {
 			findings++
 			r.Failures = append(r.Failures, fmt.Sprintf("%s: %v", short, err))
 			continue
 		}
-		r.atLeast(short+", runs", runs, 1)
+		r.atLeast(short+", runs", results[i].runs, 1)
 	}
 	r.atMost("findings", float64(findings), 0)
 	return nil
@@ -61,7 +78,7 @@ func fuzz(ctx context.Context, r *Report) error {
 var execs = regexp.MustCompile(`execs: (\d+)`)
 
 func fuzzOne(ctx context.Context, root, tags, pkg, name string, d time.Duration) (runs float64, err error) {
-	cmd := exec.CommandContext(ctx, "go", "test", tags, "-run", "^$", "-fuzz", "^"+name+"$", "-fuzztime", d.String(), pkg)
+	cmd := exec.CommandContext(ctx, "go", "test", tags, "-run", "^$", "-fuzz", "^"+name+"$", "-fuzztime", d.String(), "-parallel", "1", pkg)
 	cmd.Dir = root
 	out, err := cmd.CombinedOutput()
 	for _, m := range execs.FindAllStringSubmatch(string(out), -1) {

@@ -63,7 +63,7 @@ func pingPong(ctx context.Context, r *Report) error {
 			if err := runJSON(ctx, &low, floor, k.floor...); err != nil {
 				return err
 			}
-			args := append([]string{"--json"}, k.our...)
+			args := append([]string{"--json", "--cpus", "0,1"}, k.our...)
 			var own roundTrips
 			if r.Sabotage {
 				// A peer that is dead answers nothing.
