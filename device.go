@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 
 	"github.com/ivshmem-go/ivshmem/regs"
 	"github.com/ivshmem-go/ivshmem/shmem"
@@ -22,7 +23,7 @@ type Device struct {
 	observer bool
 	release  func() error // gives the ownership back
 	wait     waiters
-	hold     bool
+	hold     atomic.Bool
 
 	mu     sync.Mutex
 	closed bool
@@ -58,7 +59,7 @@ func New(b Backend, opts ...Option) (*Device, error) {
 	for _, f := range opts {
 		f(&o)
 	}
-	d := &Device{back: b, observer: o.observer, release: o.release}
+	d := &Device{back: b, observer: o.observer, release: o.release, wait: waiters{kick: -1}}
 	err := d.identify()
 	if err == nil && !d.observer {
 		err = d.setOneShot(o.oneShot || b.Interrupts().Shared)
@@ -130,8 +131,8 @@ func (d *Device) load(r regs.Register) (uint32, error) {
 	return v, nil
 }
 
-// setOneShot writes Privileged Control. It is written in both directions: the
-// device may have been left in either mode.
+// setOneShot writes Privileged Control unless it is right: the device may have
+// been left in either mode.
 func (d *Device) setOneShot(on bool) error {
 	privileged := uint8(0)
 	if on {
@@ -213,12 +214,15 @@ func (d *Device) State(peer uint32) (uint32, error) {
 	return d.Sections().States.Load(peer)
 }
 
-// Register reads a register, for display and diagnosis.
+// Register reads a register, for display and diagnosis. A mapped register of a
+// device that is gone reads [regs.AllOnes].
 func (d *Device) Register(r regs.Register) (uint32, error) { return d.back.Load(r) }
 
 // HoldState makes Close leave State as it is, for programs whose purpose is
-// to leave one behind.
-func (d *Device) HoldState() { d.hold = true }
+// to leave one behind. A device that is reset when it is closed (vfio-pci does
+// so behind a root port) and a link's socket, whose peer leaves, lose it in any
+// case.
+func (d *Device) HoldState() { d.hold.Store(true) }
 
 // Close ends all waits with [os.ErrClosed], writes State 0 and disables
 // interrupts if the handle is the owner's, and gives everything back.
@@ -238,7 +242,7 @@ func (d *Device) Close() error {
 		}
 	}
 	if !d.observer {
-		if !d.hold {
+		if !d.hold.Load() {
 			keep(d.back.Store(regs.State, 0))
 		}
 		if d.wait.set != nil {

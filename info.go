@@ -129,7 +129,7 @@ func (i *Info) config(config []byte) {
 func (i *Info) device(d *Device) {
 	i.BackEnd = d.Driver()
 	i.ID, i.MaxPeers = &d.id, &d.peers
-	if v, err := d.Register(regs.InterruptControl); err != nil {
+	if v, err := d.load(regs.InterruptControl); err != nil {
 		i.miss("Interrupt Control", err)
 	} else {
 		on := v&regs.InterruptEnable != 0

@@ -3,6 +3,7 @@ package ivshmem
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -100,7 +101,7 @@ func openPCI(dev *sysfs.Device, opts []Option) (*Device, error) {
 		release()
 		return nil, err
 	}
-	return New(b, append(opts, func(o *options) { o.release = release })...)
+	return New(b, append(slices.Clip(opts), func(o *options) { o.release = release })...)
 }
 
 // openVFIO opens a device through vfio-pci. The kernel lets one process have

@@ -31,7 +31,7 @@ type waiters struct {
 	oneShot bool
 	shared  bool  // one UIO counter for all vectors
 	fds     []int // by vector
-	kick    int   // eventfd that wakes the leader
+	kick    int   // eventfd that wakes the leader, -1: none
 	counts  []atomic.Uint64
 	// armed is false once an interrupt disarmed the device in one-shot mode.
 	// It belongs to the leader.
@@ -55,7 +55,7 @@ func (w *waiter) wants(vector int) bool {
 }
 
 func (ws *waiters) init(d *Device, o options) error {
-	ws.device, ws.kick = d, -1
+	ws.device = d
 	i := d.back.Interrupts()
 	ws.sleep, ws.fds, ws.shared = o.sleep, i.FDs, i.Shared
 	ws.oneShot = o.oneShot || i.Shared
@@ -64,10 +64,18 @@ func (ws *waiters) init(d *Device, o options) error {
 		ws.oneShot = false
 		return nil
 	}
-	var err error
-	if ws.kick, err = evfd.New(); err != nil {
+	want := d.vectors
+	if i.Shared {
+		want = 1
+	}
+	if len(i.FDs) != want {
+		return fmt.Errorf("interrupts: expected %d descriptors of the back end, found %d", want, len(i.FDs))
+	}
+	kick, err := evfd.New()
+	if err != nil {
 		return err
 	}
+	ws.kick = kick
 	if ws.set, err = evfd.NewSet(); err != nil {
 		return err
 	}
@@ -127,22 +135,10 @@ func (d *Device) Wait(ctx context.Context, vectors []int, ready func() bool) err
 		vectors = nil
 	}
 	w := &waiter{vectors: vectors, ready: ready, wake: make(chan bool, 1)}
-	ws.mu.Lock()
-	if ws.end != nil {
-		ws.mu.Unlock()
-		return ws.end
+	done, lead, err := ws.join(w)
+	if done {
+		return err
 	}
-	// An interrupt may have come between the caller's last look and now, and
-	// been seen by another leader: so ask once as a registered waiter.
-	if ready() {
-		ws.mu.Unlock()
-		return nil
-	}
-	ws.all = append(ws.all, w)
-	lead := !ws.leading
-	ws.leading = true
-	ws.mu.Unlock()
-
 	if !lead {
 		select {
 		case lead = <-w.wake:
@@ -150,11 +146,29 @@ func (d *Device) Wait(ctx context.Context, vectors []int, ready func() bool) err
 				return ws.result(w)
 			}
 		case <-ctx.Done():
-			ws.leave(w)
+			if ws.leave(w) {
+				return nil
+			}
 			return ctx.Err()
 		}
 	}
 	return ws.lead(ctx, w)
+}
+
+// join adds a waiter unless its wait is over at once.
+func (ws *waiters) join(w *waiter) (done, lead bool, err error) {
+	ws.mu.Lock()
+	defer ws.mu.Unlock()
+	// An interrupt may have come between the caller's last look and now, and
+	// been seen by a leader: so ask under the lock, which the next look waits
+	// for.
+	if ws.end != nil || w.ready() {
+		return true, false, ws.end
+	}
+	ws.all = append(ws.all, w)
+	lead = !ws.leading
+	ws.leading = true
+	return false, lead, nil
 }
 
 // result is what a woken follower returns.
@@ -168,11 +182,15 @@ func (ws *waiters) result(w *waiter) error {
 	return nil
 }
 
-// leave takes a follower out that does not want to wait any more. It may just
-// have been made the leader.
-func (ws *waiters) leave(w *waiter) {
+// leave takes a follower out that does not want to wait any more, and reports
+// whether it was ready already: ready may have taken what it found, so its word
+// counts. The follower may also just have been made the leader.
+func (ws *waiters) leave(w *waiter) (ready bool) {
 	ws.mu.Lock()
 	defer ws.mu.Unlock()
+	if !slices.Contains(ws.all, w) {
+		return true
+	}
 	ws.remove(w)
 	select {
 	case lead := <-w.wake:
@@ -181,6 +199,7 @@ func (ws *waiters) leave(w *waiter) {
 		}
 	default:
 	}
+	return false
 }
 
 func (ws *waiters) remove(w *waiter) {
@@ -272,6 +291,12 @@ func (ws *waiters) look(ctx context.Context, own *waiter, rung []int) (done bool
 		err = ctx.Err()
 	}
 	done = err != nil
+	asked := false
+	defer func() {
+		if !asked { // ready panicked, or ended the goroutine: Close must not wait for it
+			ws.leading = false
+		}
+	}()
 	concerned := func(w *waiter) bool {
 		return rung == nil || slices.ContainsFunc(rung, w.wants)
 	}
@@ -288,6 +313,7 @@ func (ws *waiters) look(ctx context.Context, own *waiter, rung []int) (done bool
 		}
 		return true
 	})
+	asked = true
 	if done {
 		ws.handOver()
 	}

@@ -177,6 +177,80 @@ func TestWaitContext(t *testing.T) {
 	}
 }
 
+// TestWaitContextReady ends the context of a waiter just when its condition
+// comes true. What the condition took must not be lost: Wait reports it.
+func TestWaitContextReady(t *testing.T) {
+	p := ivshmemtest.Peers(t, pair)
+	leaderCtx, endLeader := context.WithCancel(t.Context())
+	leading := make(chan struct{})
+	left := make(chan error, 1)
+	asked := 0
+	go func() {
+		left <- p[0].Wait(leaderCtx, nil, func() bool {
+			if asked++; asked == 2 {
+				close(leading)
+			}
+			return false
+		})
+	}()
+	<-leading
+	for range 20 {
+		ctx, cancel := context.WithCancel(t.Context())
+		n := 0
+		done := make(chan error, 1)
+		go func() {
+			done <- p[0].Wait(ctx, nil, func() bool {
+				if n++; n < 2 {
+					return false
+				}
+				cancel()
+				return true
+			})
+		}()
+		for waiting := true; waiting; {
+			if err := p[1].Ring(0, 1); err != nil {
+				t.Fatal(err)
+			}
+			select {
+			case err := <-done:
+				if err != nil {
+					t.Errorf("ready reported true, Wait returned %v", err)
+				}
+				waiting = false
+			default:
+			}
+		}
+		cancel()
+	}
+	endLeader()
+	if err := <-left; !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+}
+
+// TestWaitPanic lets ready panic: the device can be closed on the way out, so
+// that the program ends with that panic and does not hang.
+func TestWaitPanic(t *testing.T) {
+	for call := 1; call <= 2; call++ {
+		p := ivshmemtest.Peers(t, pair)
+		func() {
+			defer func() {
+				if got := recover(); got != "ready" {
+					t.Errorf("call %d: recovered %v", call, got)
+				}
+			}()
+			defer p[0].Close()
+			n := 0
+			p[0].Wait(t.Context(), nil, func() bool {
+				if n++; n == call {
+					panic("ready")
+				}
+				return false
+			})
+		}()
+	}
+}
+
 func TestWaitClose(t *testing.T) {
 	eachWay(t, func(t *testing.T, opts []ivshmem.Option) {
 		p := ivshmemtest.Peers(t, pair, opts...)

@@ -1,6 +1,7 @@
 package link
 
 import (
+	"os"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -16,13 +17,16 @@ import (
 //
 // A target that reads its doorbell eventfd itself is direct: the link is not
 // in the way. For every other one the link reads it and rings the doorbell.
+//
+// All processes of the link have them, and any may empty one, fill it, or take
+// its O_NONBLOCK away: so the link never makes a plain read or write.
 type doorbells struct {
 	link *Link
 	epfd int
 	stop int // eventfd that ends the loop
 	done chan struct{}
 
-	mu  sync.Mutex
+	mu  sync.Mutex           // taken inside the link's, never the other way round
 	fds map[uint32]*doorbell // by value of the Doorbell register
 }
 
@@ -88,8 +92,8 @@ func (p *Peer) IsDoorbell(vector uint16, fd int) bool {
 		return false
 	}
 	d.mu.Lock()
-	defer d.mu.Unlock()
 	b := d.fds[regs.Doorbell(uint16(p.id), vector)]
+	d.mu.Unlock()
 	if b == nil {
 		return false
 	}
@@ -101,12 +105,19 @@ func (p *Peer) IsDoorbell(vector uint16, fd int) bool {
 func (l *Link) doorbells() (*doorbells, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.closed {
+		return nil, os.ErrClosed
+	}
 	if l.doorbell != nil {
 		return l.doorbell, nil
 	}
 	d := &doorbells{link: l, fds: map[uint32]*doorbell{}, done: make(chan struct{})}
 	var err error
 	if d.stop, err = evfd.New(); err != nil {
+		return nil, err
+	}
+	if _, err := drain(d.stop); err != nil {
+		unix.Close(d.stop)
 		return nil, err
 	}
 	if d.epfd, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
@@ -137,7 +148,7 @@ func (d *doorbells) set(key uint32, b *doorbell, direct bool) {
 		unix.EpollCtl(d.epfd, unix.EPOLL_CTL_DEL, b.fd, nil)
 	} else {
 		// What the former reader left there is not for the next.
-		evfd.Drain(b.fd)
+		drain(b.fd)
 		if d.watch(key, b.fd) != nil {
 			return
 		}
@@ -153,6 +164,23 @@ func (d *doorbells) indirect(id uint32) {
 		if target, _ := regs.SplitDoorbell(key); uint32(target) == id && b.direct {
 			d.set(key, b, false)
 		}
+	}
+}
+
+// drain sets the counter of an eventfd to 0 and reports whether it was above
+// 0. It does not block, whatever became of O_NONBLOCK (preadv2(2), RWF_NOWAIT;
+// for eventfds since Linux 5.8).
+func drain(fd int) (bool, error) {
+	var b [8]byte
+	for {
+		n, err := unix.Preadv2(fd, [][]byte{b[:]}, -1, unix.RWF_NOWAIT)
+		switch err {
+		case unix.EINTR:
+			continue
+		case unix.EAGAIN:
+			return false, nil
+		}
+		return n == len(b), err
 	}
 }
 
@@ -172,7 +200,10 @@ func (d *doorbells) forward() {
 			key := uint32(e.Fd)
 			d.mu.Lock()
 			b := d.fds[key]
-			rung := b != nil && !b.direct && evfd.Drain(b.fd)
+			rung := false
+			if b != nil && !b.direct {
+				rung, _ = drain(b.fd)
+			}
 			d.mu.Unlock()
 			if rung {
 				d.link.ring(regs.SplitDoorbell(key))

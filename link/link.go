@@ -52,6 +52,7 @@ type Link struct {
 	state    State
 	raise    []Interrupter // by peer ID, nil where no peer is
 	doorbell *doorbells
+	closed   bool
 }
 
 // New makes a link with fresh, zeroed shared memory: a memfd of exactly the
@@ -98,8 +99,12 @@ func (l *Link) allocate() error {
 // mappings.
 func (l *Link) Close() error {
 	l.mu.Lock()
-	d := l.doorbell
+	closed, d := l.closed, l.doorbell
+	l.closed, l.doorbell = true, nil
 	l.mu.Unlock()
+	if closed {
+		return nil
+	}
 	if d != nil {
 		d.close()
 	}
@@ -118,8 +123,7 @@ func (l *Link) Config() Config { return l.config }
 // Layout returns the layout of the shared memory.
 func (l *Link) Layout() shmem.Layout { return l.layout }
 
-// Memory is the whole shared memory, and FD its file descriptor. Both belong
-// to the link.
+// Memory is the whole shared memory. It belongs to the link.
 func (l *Link) Memory() *shmem.Memory { return l.memory.Memory }
 
 // FD is the descriptor of the shared memory. It belongs to the link.
@@ -286,12 +290,12 @@ func (l *Link) reset(id uint32) {
 func (p *Peer) Detach() {
 	l := p.link
 	l.mu.Lock()
-	d := l.doorbell
+	defer l.mu.Unlock()
 	l.reset(p.id)
+	if l.doorbell != nil {
+		// Before the ID is free: the next peer may be direct at once.
+		l.doorbell.indirect(p.id)
+	}
 	l.state.Peers[p.id].Present = false
 	l.raise[p.id] = nil
-	l.mu.Unlock()
-	if d != nil {
-		d.indirect(p.id)
-	}
 }

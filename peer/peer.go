@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -36,14 +37,17 @@ type Backend struct {
 	config     []byte // as it was at first
 	privileged int    // offset of Privileged Control
 	set        *mem.Set
-	doorbells  map[uint32]int // eventfds, by value of the Doorbell register
+	received   []int          // eventfds that the service sent
+	doorbells  map[uint32]int // those that ring, by value of the Doorbell register
 	own        []int          // own doorbell eventfds; nil if not all are there
-	private    []int          // eventfds of our own; nil while not needed
-	direct     bool           // own are in use, not private
-	enabled    bool           // Interrupt Control; guarded by mu
 
-	mu    sync.Mutex
-	close sync.Once
+	mu      sync.Mutex // guards the way that interrupts take
+	private []int      // eventfds of our own; nil while not needed
+	direct  bool       // own are in use, not private
+	enabled bool       // Interrupt Control
+
+	use    sync.RWMutex // held for reading while eventfds are in use, for writing by Close
+	closed bool
 }
 
 // Dial connects to the socket of a link and takes a free peer ID.
@@ -55,7 +59,7 @@ func Dial(path string) (*Backend, error) {
 		switch {
 		case errors.Is(err, os.ErrNotExist), errors.Is(err, unix.ECONNREFUSED):
 			e.Err = fmt.Errorf("%w: %w", fault.ErrNotFound, err)
-		case errors.Is(err, vfiouser.ErrRefused):
+		case errors.Is(err, vfiouser.ErrRefused) && errors.Is(err, unix.EBUSY):
 			e.Err = fmt.Errorf("%w: all peers of the link are connected", fault.ErrBusy)
 			e.Remedy = "end one of them, or serve the link with more --peers"
 		}
@@ -151,6 +155,9 @@ func (b *Backend) connectVectors(own uint32) error {
 	}
 	b.doorbells = make(map[uint32]int, len(list))
 	for _, d := range list {
+		if !slices.Contains(b.received, d.FD) { // entries may share one
+			b.received = append(b.received, d.FD)
+		}
 		if d.Offset == uint64(regs.DoorbellRegister) && d.Size == 4 && d.Match && evfd.NonBlocking(d.FD) {
 			b.doorbells[uint32(d.Data)] = d.FD
 		}
@@ -236,6 +243,13 @@ func (b *Backend) Config() ([]byte, error) {
 // service has to see each event, so doorbells are not direct then; what
 // Interrupts returns changes with the mode.
 func (b *Backend) WriteConfig(offset int, v uint8) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.use.RLock()
+	defer b.use.RUnlock()
+	if b.closed {
+		return os.ErrClosed
+	}
 	if offset == b.privileged && b.own != nil {
 		direct := v&regs.OneShot == 0
 		if err := b.makePrivate(len(b.own)); err != nil {
@@ -262,14 +276,21 @@ func (b *Backend) Load(r regs.Register) (uint32, error) {
 // Store writes a register. A doorbell of a known eventfd is a write to that.
 // Both are system calls, which order earlier stores to shared memory.
 func (b *Backend) Store(r regs.Register, v uint32) error {
+	if r == regs.InterruptControl {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+	}
+	b.use.RLock()
+	defer b.use.RUnlock()
+	if b.closed {
+		return os.ErrClosed
+	}
 	switch r {
 	case regs.DoorbellRegister:
 		if fd, ok := b.doorbells[v]; ok {
 			return evfd.Signal(fd)
 		}
 	case regs.InterruptControl:
-		b.mu.Lock()
-		defer b.mu.Unlock()
 		on := v&regs.InterruptEnable != 0
 		if on && !b.enabled && b.direct {
 			// Events that came while interrupts were disabled are lost
@@ -290,6 +311,8 @@ func (b *Backend) Sections() *shmem.Sections { return &b.set.Sections }
 
 // Interrupts has one eventfd per vector.
 func (b *Backend) Interrupts() evfd.Interrupts {
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	fds := b.private
 	if b.direct {
 		fds = b.own
@@ -300,20 +323,21 @@ func (b *Backend) Interrupts() evfd.Interrupts {
 // Close disconnects: the service sets State 0 and frees the peer ID.
 func (b *Backend) Close() error {
 	var err error
-	b.close.Do(func() {
-		if b.client != nil {
-			err = b.client.Close()
-		}
-		if b.set != nil {
-			err = errors.Join(err, b.set.Close())
-		}
-		for _, fd := range b.doorbells {
-			unix.Close(fd)
-		}
-		for _, fd := range b.private {
-			unix.Close(fd)
-		}
-	})
+	if b.client != nil {
+		err = b.client.Close() // also ends calls that wait for the service
+	}
+	b.use.Lock()
+	defer b.use.Unlock()
+	if b.closed {
+		return nil
+	}
+	b.closed = true
+	if b.set != nil {
+		err = errors.Join(err, b.set.Close())
+	}
+	for _, fd := range slices.Concat(b.received, b.private) {
+		unix.Close(fd)
+	}
 	return err
 }
 

@@ -46,6 +46,7 @@ type irqInfo struct{ argsz, flags, index, count uint32 }
 
 type irqSet struct{ argsz, flags, index, start, count uint32 }
 
+// ioctl returns -1 with an error: where the result is a descriptor, 0 is one.
 func ioctl(fd int, request uintptr, arg unsafe.Pointer) (int, error) {
 	for {
 		n, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), request, uintptr(arg))
@@ -55,16 +56,15 @@ func ioctl(fd int, request uintptr, arg unsafe.Pointer) (int, error) {
 		case unix.EINTR:
 			continue
 		}
-		return 0, errno
+		return -1, errno
 	}
 }
 
-func ioctlInt(fd int, request, arg uintptr) (int, error) {
-	n, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), request, arg)
-	if errno != 0 {
-		return 0, errno
+func ioctlInt(fd int, request, arg uintptr) error {
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), request, arg); errno != 0 {
+		return errno
 	}
-	return int(n), nil
+	return nil
 }
 
 func regionOf(device int, index uint32) (regionInfo, error) {

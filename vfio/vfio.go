@@ -138,7 +138,7 @@ func (b *Backend) openDevice(group string) error {
 	if _, err := ioctl(b.group, ioctlGroupSetContainer, unsafe.Pointer(&container)); err != nil {
 		return fmt.Errorf("IOMMU group %s: %w", group, err)
 	}
-	if _, err := ioctlInt(b.iommu, ioctlSetIOMMU, iommuType1v2); err != nil {
+	if err := ioctlInt(b.iommu, ioctlSetIOMMU, iommuType1v2); err != nil {
 		return fmt.Errorf("set IOMMU type1v2: %w", err)
 	}
 	name, err := unix.BytePtrFromString(b.address)

@@ -23,7 +23,15 @@ const (
 	Interrupt             // sleep until the doorbell rings
 )
 
-func (m Mode) String() string { return [...]string{"poll", "interrupt"}[m] }
+func (m Mode) String() string {
+	switch m {
+	case Poll:
+		return "poll"
+	case Interrupt:
+		return "interrupt"
+	}
+	return fmt.Sprintf("%d (unknown)", int(m)) // a peer's state may say anything
+}
 
 // ParseMode reads the name of a mode.
 func ParseMode(s string) (Mode, error) {
@@ -313,7 +321,7 @@ func (r *run) spin(ctx context.Context, seq uint64) (uint64, error) {
 // watch cancels the run when the peer left, or said nothing for too long.
 func (r *run) watch(ctx context.Context, cancel context.CancelCauseFunc) {
 	const looks = 8 // in the time of Silence
-	tick := time.NewTicker(r.Silence / looks)
+	tick := time.NewTicker(max(r.Silence/looks, time.Millisecond))
 	defer tick.Stop()
 	var last uint64
 	for quiet := 0; ; quiet++ {

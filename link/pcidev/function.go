@@ -3,10 +3,10 @@ package pcidev
 import (
 	"encoding/binary"
 	"fmt"
-	"slices"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ivshmem-go/ivshmem/internal/evfd"
 	"github.com/ivshmem-go/ivshmem/link"
 	"github.com/ivshmem-go/ivshmem/regs"
 	"github.com/ivshmem-go/ivshmem/shmem"
@@ -63,9 +63,13 @@ func New(l *link.Link, o Options) (*Function, error) {
 	if err != nil {
 		return nil, err
 	}
-	irq := &vectors{slots: make([]slot, c.Vectors)}
+	irq, err := newVectors(c.Vectors, l.FD())
+	if err != nil {
+		return nil, err
+	}
 	peer, err := l.Attach(irq)
 	if err != nil {
+		irq.close()
 		return nil, err
 	}
 	if o.Subsystem == (Subsystem{}) {
@@ -246,11 +250,18 @@ func (f *Function) SetIRQs(s vfiouser.IRQSet) error {
 		// QEMU masks in its own table; a mask that comes over the wire has
 		// nothing to act on (IRQ_INFO does not announce maskable).
 	case s.EventFD && len(s.FDs) > 0:
+		// Nothing but eventfds: to close anything else may block, and the
+		// link waits for whoever holds the lock of the vectors.
+		for _, fd := range s.FDs {
+			if _, ok := evfd.Number(fd); !ok {
+				return fmt.Errorf("interrupts: expected eventfds, found another descriptor: %w", unix.EINVAL)
+			}
+		}
 		for i, fd := range s.FDs {
 			vector := uint16(s.Start) + uint16(i)
 			f.peer.SetDirect(vector, f.peer.IsDoorbell(vector, fd))
 		}
-		f.irq.assign(s.Start, slices.Clone(s.FDs))
+		f.irq.assign(s.Start, s.FDs)
 	case s.EventFD, s.Count == 0:
 		start, count := s.Start, s.Count
 		if count == 0 {

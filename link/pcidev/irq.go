@@ -5,7 +5,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/ivshmem-go/ivshmem/internal/evfd"
 	"github.com/ivshmem-go/ivshmem/vfiouser"
 )
 
@@ -16,6 +15,19 @@ type vectors struct {
 	mu      sync.Mutex
 	slots   []slot
 	enabled bool // MSI-X Enable of the guest
+	out     *signaller
+}
+
+func newVectors(n uint16, file int) (*vectors, error) {
+	out, err := newSignaller(file)
+	if err != nil {
+		return nil, err
+	}
+	v := &vectors{slots: make([]slot, n), out: out}
+	for i := range v.slots {
+		v.slots[i].fd = -1
+	}
+	return v, nil
 }
 
 // slot is one vector. QEMU withdraws eventfds for a moment when the guest
@@ -23,7 +35,7 @@ type vectors struct {
 // delivered when the eventfd comes back. A vector that never had an eventfd
 // is not in use, and what is raised on it is lost.
 type slot struct {
-	out       *signaller
+	fd        int // the eventfd, -1: none
 	withdrawn bool
 	pending   bool
 }
@@ -32,12 +44,16 @@ type slot struct {
 func (v *vectors) Raise(vector uint16) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if s := &v.slots[vector]; s.out != nil {
-		s.out.signal()
+	if s := &v.slots[vector]; s.fd >= 0 {
+		v.signal(s)
 	} else if s.withdrawn && v.enabled {
 		s.pending = true
 	}
 }
+
+// signal raises a vector that has an eventfd. An error means that the client
+// broke it: its own interrupts are lost, nothing else. v.mu is held.
+func (v *vectors) signal(s *slot) { _ = v.out.signal(s.fd) }
 
 // setEnabled follows the MSI-X Enable bit. Disabling forgets what is pending.
 func (v *vectors) setEnabled(on bool) {
@@ -62,13 +78,13 @@ func (v *vectors) assign(start uint32, fds []int) {
 	defer v.mu.Unlock()
 	for i, fd := range fds {
 		s := &v.slots[start+uint32(i)]
-		old, pending := s.out, s.pending
-		*s = slot{out: newSignaller(fd)}
-		if old != nil {
-			old.close()
+		old := *s
+		*s = slot{fd: fd}
+		if old.fd >= 0 {
+			unix.Close(old.fd)
 		}
-		if pending {
-			s.out.signal()
+		if old.pending {
+			v.signal(s)
 		}
 	}
 }
@@ -79,11 +95,11 @@ func (v *vectors) withdraw(start, count uint32) {
 	defer v.mu.Unlock()
 	for i := range v.slots[start : start+count] {
 		s := &v.slots[start+uint32(i)]
-		if s.out == nil {
+		if s.fd < 0 {
 			continue
 		}
-		s.out.close()
-		s.out, s.withdrawn = nil, v.enabled
+		unix.Close(s.fd)
+		s.fd, s.withdrawn = -1, v.enabled
 	}
 }
 
@@ -95,8 +111,8 @@ func (v *vectors) trigger(set vfiouser.IRQSet) {
 		if set.Bools != nil && set.Bools[i] == 0 {
 			continue
 		}
-		if s := v.slots[set.Start+i]; s.out != nil {
-			s.out.signal()
+		if s := &v.slots[set.Start+i]; s.fd >= 0 {
+			v.signal(s)
 		}
 	}
 }
@@ -113,61 +129,10 @@ func (v *vectors) close() {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	for i := range v.slots {
-		if s := &v.slots[i]; s.out != nil {
-			s.out.close()
-			s.out = nil
+		if s := &v.slots[i]; s.fd >= 0 {
+			unix.Close(s.fd)
+			s.fd = -1
 		}
 	}
-}
-
-// signaller writes an eventfd that came from a client. One that is
-// non-blocking is written at once. A blocking one could be filled by the
-// client to stop whoever raises, so it is written by a goroutine that can
-// stop nobody else; events coalesce, as they do in an eventfd.
-type signaller struct {
-	fd   int
-	kick chan struct{} // nil for a non-blocking eventfd
-}
-
-func newSignaller(fd int) *signaller {
-	s := &signaller{fd: fd}
-	if evfd.NonBlocking(fd) {
-		return s
-	}
-	s.kick = make(chan struct{}, 1)
-	go func() {
-		defer unix.Close(fd)
-		for range s.kick {
-			evfd.Signal(fd)
-		}
-	}()
-	return s
-}
-
-// signal never blocks. An error means that the client gave no eventfd, or one
-// that it broke: its own interrupts are lost, nothing else.
-func (s *signaller) signal() {
-	if s.kick == nil {
-		evfd.Signal(s.fd)
-		return
-	}
-	select {
-	case s.kick <- struct{}{}:
-	default:
-	}
-}
-
-func (s *signaller) close() {
-	if s.kick == nil {
-		unix.Close(s.fd)
-		return
-	}
-	// A full counter may hold the goroutine in its write: make room. The
-	// goroutine closes the descriptor, but not before kick is closed.
-	p := []unix.PollFd{{Fd: int32(s.fd), Events: unix.POLLIN | unix.POLLOUT}}
-	if n, _ := unix.Poll(p, 0); n == 1 && p[0].Revents&(unix.POLLIN|unix.POLLOUT) == unix.POLLIN {
-		var b [8]byte
-		unix.Read(s.fd, b[:])
-	}
-	close(s.kick)
+	v.out.close()
 }

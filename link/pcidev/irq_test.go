@@ -2,6 +2,7 @@ package pcidev
 
 import (
 	"encoding/binary"
+	"errors"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -257,4 +258,84 @@ func TestIRQWrongIndex(t *testing.T) {
 			t.Errorf("interrupt type %d accepted", i)
 		}
 	}
+}
+
+// TestIRQEventFDTurnsBlocking gives an eventfd that is non-blocking, and takes
+// that back when it is full. The flag is the eventfd's, not the descriptor's,
+// so a client can do that at any time; whoever raises must not be stopped.
+func TestIRQEventFDTurnsBlocking(t *testing.T) {
+	r := newRig(t)
+	r.msix(0x80)
+	r.enable(1)
+	r.give(0, 1)
+	if _, err := unix.Write(r.fds[0], binary.NativeEndian.AppendUint64(nil, 1<<64-2)); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.SetNonblock(r.fds[0], false); err != nil {
+		t.Fatal(err)
+	}
+	for range 100 {
+		r.ring(0)
+	}
+	r.withdrawAll()
+	if got := r.counter(0); got != 1<<64-1 {
+		t.Errorf("counter: got %#x", got)
+	}
+}
+
+// TestIRQManyRaised raises more often than the kernel keeps records of.
+func TestIRQManyRaised(t *testing.T) {
+	r := newRig(t)
+	r.enable(1)
+	r.give(0, 2)
+	const n = 10000
+	for range n {
+		r.ring(1)
+	}
+	r.expect("many", 0, n)
+}
+
+// TestIRQNoEventFD gives descriptors that are no eventfds: what they are
+// written, or closed, may take for ever.
+func TestIRQNoEventFD(t *testing.T) {
+	r := newRig(t)
+	r.enable(1)
+	r.give(0, 2)
+	var pipe [2]int
+	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pipe[0])
+	defer unix.Close(pipe[1])
+	socket, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(socket)
+	memfd, err := unix.MemfdCreate("eventfd-id: 1", unix.MFD_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(memfd)
+	epoll, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(epoll)
+	timer, err := unix.TimerfdCreate(unix.CLOCK_MONOTONIC, unix.TFD_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(timer)
+	for name, fd := range map[string]int{"pipe": pipe[1], "socket": socket, "memfd": memfd, "epoll": epoll, "timerfd": timer} {
+		good := eventfd(t, 0, unix.EFD_NONBLOCK)
+		err := r.f.SetIRQs(vfiouser.IRQSet{Index: 2, Action: vfiouser.IRQTrigger, EventFD: true, Count: 2, FDs: []int{good, fd}})
+		if !errors.Is(err, unix.EINVAL) {
+			t.Errorf("%s: got %v, want EINVAL", name, err)
+		}
+	}
+	// The refusal changed nothing.
+	r.ring(0)
+	r.ring(1)
+	r.expect("after the refusals", 1, 1)
 }

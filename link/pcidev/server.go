@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"sync"
@@ -30,10 +31,9 @@ type Server struct {
 	Log *slog.Logger
 
 	refusing chan struct{}
-	mu       sync.Mutex
-	conns    map[*vfiouser.Server]struct{}
-	ended    bool
 	wg       sync.WaitGroup
+	mu       sync.Mutex
+	conns    map[io.Closer]struct{} // of all goroutines of wg
 }
 
 // Listen makes a link's socket. A socket that a dead service left behind is
@@ -46,7 +46,7 @@ func (s *Server) Serve(ctx context.Context, listener *net.UnixListener) error {
 	if s.Log == nil {
 		s.Log = slog.New(slog.DiscardHandler)
 	}
-	s.conns = map[*vfiouser.Server]struct{}{}
+	s.conns = map[io.Closer]struct{}{}
 	s.refusing = make(chan struct{}, maxRefusals)
 	stop := context.AfterFunc(ctx, func() { listener.Close() })
 	defer stop()
@@ -83,7 +83,11 @@ func (s *Server) connect(conn *net.UnixConn) {
 	f, err := New(s.Link, s.Options)
 	if err != nil {
 		s.Log.Warn("client refused", "process", who, "reason", err)
-		s.refuse(conn)
+		errno := unix.EBUSY
+		if !errors.Is(err, link.ErrFull) {
+			errno = unix.ENOMEM
+		}
+		s.refuse(conn, errno)
 		return
 	}
 	v, err := vfiouser.NewServer(conn, f, vfiouser.ServerOptions{})
@@ -92,21 +96,9 @@ func (s *Server) connect(conn *net.UnixConn) {
 		s.Log.Error("cannot serve a client", "process", who, "error", err)
 		return
 	}
-	s.mu.Lock()
-	if s.ended {
-		s.mu.Unlock()
-		v.Close()
-		f.Close()
-		return
-	}
-	s.conns[v] = struct{}{}
-	s.mu.Unlock()
 	s.Log.Info("peer connected", "id", f.ID(), "process", who)
-	s.wg.Go(func() {
+	s.start(v, func() {
 		err := v.Run()
-		s.mu.Lock()
-		delete(s.conns, v)
-		s.mu.Unlock()
 		f.Close()
 		switch {
 		case err == nil, errors.Is(err, net.ErrClosed):
@@ -119,24 +111,37 @@ func (s *Server) connect(conn *net.UnixConn) {
 
 // refuse tells a surplus client why it is turned away, without holding up
 // anybody else.
-func (s *Server) refuse(conn *net.UnixConn) {
+func (s *Server) refuse(conn *net.UnixConn, errno unix.Errno) {
 	select {
 	case s.refusing <- struct{}{}:
 	default:
 		conn.Close()
 		return
 	}
-	go func() {
+	s.start(conn, func() {
 		defer func() { <-s.refusing }()
-		vfiouser.Refuse(conn, unix.EBUSY)
-	}()
+		vfiouser.Refuse(conn, errno)
+	})
+}
+
+// start runs what has to do with a connection, until the end at the latest.
+// Only the loop of Serve calls it.
+func (s *Server) start(conn io.Closer, run func()) {
+	s.mu.Lock()
+	s.conns[conn] = struct{}{}
+	s.mu.Unlock()
+	s.wg.Go(func() {
+		run()
+		s.mu.Lock()
+		delete(s.conns, conn)
+		s.mu.Unlock()
+	})
 }
 
 func (s *Server) end() {
 	s.mu.Lock()
-	s.ended = true
-	for v := range s.conns {
-		v.Close()
+	for c := range s.conns {
+		c.Close()
 	}
 	s.mu.Unlock()
 	s.wg.Wait()

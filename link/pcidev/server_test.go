@@ -196,3 +196,45 @@ func TestServerDeath(t *testing.T) {
 		t.Errorf("state of the dead peer: got %d, want 0", got)
 	}
 }
+
+// TestServerEndsRefusals ends the service while a surplus client has not said
+// anything yet: when Serve returns, that connection is closed as well.
+func TestServerEndsRefusals(t *testing.T) {
+	dir, err := os.MkdirTemp("", "pcidev")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	path := filepath.Join(dir, "link")
+	listener, err := Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var log logBuffer
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	server := &Server{Link: newLink(t, link.Config{Peers: 2, Vectors: 1}), Log: slog.New(slog.NewTextHandler(&log, nil))}
+	go func() { done <- server.Serve(ctx, listener) }()
+	var fds []int
+	for range 3 {
+		fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(fd)
+		if err := unix.Connect(fd, &unix.SockaddrUnix{Name: path}); err != nil {
+			t.Fatal(err)
+		}
+		fds = append(fds, fd)
+	}
+	log.await(t, "client refused")
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	for i, fd := range fds {
+		if n, _, err := unix.Recvfrom(fd, make([]byte, 1), unix.MSG_DONTWAIT); n != 0 || err != nil {
+			t.Errorf("connection %d after the end: got %d, %v, want it to be closed", i, n, err)
+		}
+	}
+}

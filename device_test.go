@@ -1,0 +1,146 @@
+package ivshmem
+
+import (
+	"encoding/hex"
+	"errors"
+	"os"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ivshmem-go/ivshmem/regs"
+	"github.com/ivshmem-go/ivshmem/shmem"
+)
+
+// fakeBackend is a back end of nothing but what a test sets.
+type fakeBackend struct {
+	config     []byte
+	registers  map[regs.Register]uint32
+	sections   shmem.Sections
+	interrupts Interrupts
+	closed     int
+}
+
+func (b *fakeBackend) Address() string                       { return "fake" }
+func (b *fakeBackend) Driver() string                        { return "fake" }
+func (b *fakeBackend) WriteConfig(int, uint8) error          { return nil }
+func (b *fakeBackend) Load(r regs.Register) (uint32, error)  { return b.registers[r], nil }
+func (b *fakeBackend) Store(r regs.Register, v uint32) error { return nil }
+func (b *fakeBackend) Sections() *shmem.Sections             { return &b.sections }
+func (b *fakeBackend) Interrupts() Interrupts                { return b.interrupts }
+func (b *fakeBackend) Close() error                          { b.closed++; return nil }
+func (b *fakeBackend) Config() ([]byte, error) {
+	if b.config == nil {
+		return nil, errors.New("no configuration space")
+	}
+	return b.config, nil
+}
+
+// newFake is peer 0 of 2, with 2 vectors.
+func newFake(t *testing.T) *fakeBackend {
+	t.Helper()
+	b := &fakeBackend{
+		config:     make([]byte, 256),
+		registers:  map[regs.Register]uint32{0x04: 2},
+		interrupts: Interrupts{Hangup: -1},
+	}
+	for at, row := range map[int]string{
+		0x00: "0a110641 00001000 000000ff", 0x34: "40",
+		0x40: "09601800 00100000", // State Table of 1000h bytes
+		0x60: "11000100",          // MSI-X, 2 vectors
+	} {
+		p, err := hex.DecodeString(strings.ReplaceAll(row, " ", ""))
+		if err != nil {
+			t.Fatal(err)
+		}
+		copy(b.config[at:], p)
+	}
+	var err error
+	if b.sections.Layout, err = shmem.NewLayout(0x1000, 0, 0, 2); err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func eventfd(t *testing.T) int {
+	t.Helper()
+	fd, err := unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(fd) })
+	return fd
+}
+
+// TestNewFails lets New fail early: it must close the back end, and no
+// descriptor that is not its own.
+func TestNewFails(t *testing.T) {
+	stdin, err := unix.Dup(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		unix.Dup2(stdin, 0)
+		unix.Close(stdin)
+	}()
+	b := &fakeBackend{interrupts: Interrupts{Hangup: -1}}
+	if _, err := New(b); err == nil {
+		t.Fatal("a device without configuration space was accepted")
+	}
+	if b.closed != 1 {
+		t.Errorf("the back end was closed %d times, want once", b.closed)
+	}
+	if _, err := unix.FcntlInt(0, unix.F_GETFD, 0); err != nil {
+		t.Errorf("standard input: %v", err)
+	}
+}
+
+// TestNewInterruptCount gives New a back end with other numbers of interrupt
+// descriptors than the device has vectors.
+func TestNewInterruptCount(t *testing.T) {
+	for _, n := range []int{1, 3} {
+		b := newFake(t)
+		for range n {
+			b.interrupts.FDs = append(b.interrupts.FDs, eventfd(t))
+		}
+		if _, err := New(b); err == nil || !strings.Contains(err.Error(), "expected 2 descriptors") {
+			t.Errorf("%d descriptors for 2 vectors: got %v", n, err)
+		}
+	}
+	b := newFake(t)
+	b.interrupts.FDs = []int{eventfd(t), eventfd(t)}
+	d, err := New(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestInfoGone looks at a device whose registers read all ones since it was
+// opened: Interrupt Control is not on then, but unknown.
+func TestInfoGone(t *testing.T) {
+	b := newFake(t)
+	d, err := New(b, AsObserver())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	b.registers[regs.InterruptControl] = 0xffffffff
+	var i Info
+	d.Sections().States = gone{}
+	i.device(d)
+	if i.InterruptControl != nil {
+		t.Errorf("Interrupt Control: got %v, want unknown", *i.InterruptControl)
+	}
+	if all := strings.Join(i.Missing, "\n"); !strings.Contains(all, "Interrupt Control: ") || !strings.Contains(all, "all ones") {
+		t.Errorf("missing: got %q", all)
+	}
+}
+
+// gone is a State Table that cannot be read.
+type gone struct{}
+
+func (gone) Load(uint32) (uint32, error) { return 0, os.ErrClosed }
