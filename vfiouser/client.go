@@ -12,12 +12,10 @@ import (
 	"time"
 
 	"github.com/ivshmem-go/ivshmem/internal/fdpass"
+	"github.com/ivshmem-go/ivshmem/internal/sockpath"
 	"github.com/ivshmem-go/ivshmem/vfiouser/internal/wire"
 	"golang.org/x/sys/unix"
 )
-
-// maxPath is the longest path of a socket (unix(7), sun_path without NUL).
-const maxPath = 107
 
 // Client is the client half of one connection. Its methods may be called from
 // many goroutines; requests go out one at a time, each waits for its reply.
@@ -48,9 +46,8 @@ type Client struct {
 // DefaultTimeout bounds the negotiation in any case. When the server turns the
 // client away, the error is [ErrRefused].
 func Dial(ctx context.Context, path string) (*Client, error) {
-	if len(path) > maxPath {
-		return nil, fmt.Errorf("vfio-user socket %s: the path has %d bytes, a socket's may have %d: use a shorter directory or a path relative to it: %w",
-			path, len(path), maxPath, unix.ENAMETOOLONG)
+	if err := sockpath.Check(path); err != nil {
+		return nil, err
 	}
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "unix", path)

@@ -22,6 +22,7 @@ import (
 
 	"github.com/ivshmem-go/ivshmem"
 	"github.com/ivshmem-go/ivshmem/internal/pingpong"
+	"github.com/ivshmem-go/ivshmem/regs"
 )
 
 const description = `Without --device, and on a machine without an ivshmem device, it starts a link
@@ -130,6 +131,9 @@ func (s *settings) parse(mode, sleep, cpus string) error {
 		if len(s.cpus) != 2 {
 			return fmt.Errorf("--cpus %q: expected two numbers such as 0,1", cpus)
 		}
+	}
+	if s.peer < -1 || s.peer >= regs.PeersMax {
+		return fmt.Errorf("--peer %d: expected an ID below %d", s.peer, regs.PeersMax)
 	}
 	if s.count == 0 {
 		return errors.New("--count: expected at least 1")

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 
 	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
 
 	"github.com/ivshmem-go/ivshmem/link"
 	"github.com/ivshmem-go/ivshmem/link/pcidev"
@@ -91,6 +92,9 @@ func linkConfig(c *cli.Context) (link.Config, error) {
 }
 
 func (p *program) serve(ctx context.Context, socket string, config link.Config, o pcidev.Options, log *slog.Logger) error {
+	if err := checkDescriptors(config); err != nil {
+		return err
+	}
 	l, err := link.New(config)
 	if err != nil {
 		return err
@@ -106,6 +110,24 @@ func (p *program) serve(ctx context.Context, socket string, config link.Config, 
 	}
 	server := &pcidev.Server{Link: l, Options: o, Log: log}
 	return server.Serve(ctx, listener)
+}
+
+// checkDescriptors refuses a link whose eventfds would exceed the limit of the
+// process: a QEMU whose vectors do not fit loses its device.
+func checkDescriptors(c link.Config) error {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return err
+	}
+	// For each peer a socket, and for each of its vectors the client's
+	// eventfd and the doorbell's; and some for the process itself.
+	const spare = 64
+	perPeer := 1 + 2*uint64(c.Vectors)
+	if need := spare + uint64(c.Peers)*perPeer; need > limit.Cur {
+		return usagef("%d peers of %d vectors need up to %d file descriptors (%d + %d x %d), the limit is %d: raise it (ulimit -n), or serve fewer peers or vectors",
+			c.Peers, c.Vectors, need, spare, c.Peers, perPeer, limit.Cur)
+	}
+	return nil
 }
 
 // announce prints what the link is, and how to give it to a guest.

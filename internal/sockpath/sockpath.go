@@ -20,7 +20,7 @@ const MaxLen = 107
 // Check says whether a path can name a socket at all.
 func Check(path string) error {
 	if len(path) > MaxLen {
-		return fmt.Errorf("socket path %q has %d bytes, expected at most %d: use a shorter path", path, len(path), MaxLen)
+		return fmt.Errorf("socket path %q has %d bytes, expected at most %d: use a shorter directory, or a path relative to it: %w", path, len(path), MaxLen, unix.ENAMETOOLONG)
 	}
 	if path == "" {
 		return errors.New("socket path is empty")

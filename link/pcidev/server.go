@@ -59,8 +59,8 @@ func (s *Server) Serve(ctx context.Context, listener *net.UnixListener) error {
 				conn.Close()
 			}
 			return nil
-		case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE):
-			// Out of descriptors: this client cannot be served, but those
+		case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE), errors.Is(err, unix.ENOMEM), errors.Is(err, unix.ENOBUFS):
+			// Out of descriptors or memory: this client cannot be served, but those
 			// that are connected go on. The pending connection stays in the
 			// backlog, so accepting again at once would spin.
 			s.Log.Error("cannot accept a client", "error", err)
