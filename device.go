@@ -93,15 +93,7 @@ func (d *Device) identify() error {
 	if d.protocol, err = regs.ConfigProtocol(config); err != nil {
 		return err
 	}
-	if d.cap, err = regs.ParseVendorCap(config); err != nil {
-		return err
-	}
-	switch m, err := regs.ParseMSIX(config); {
-	case err == nil:
-		d.vectors = m.Vectors
-	case errors.Is(err, regs.ErrNoCapability):
-		d.vectors = 1 // INTx
-	default:
+	if err := d.capabilities(config); err != nil {
 		return err
 	}
 	if d.id, err = d.load(regs.ID); err != nil {
@@ -115,6 +107,29 @@ func (d *Device) identify() error {
 	}
 	if l := d.back.Sections().Layout; l.Peers != d.peers {
 		return fmt.Errorf("register Maximum Peers: expected %d, found %d", l.Peers, d.peers)
+	}
+	return nil
+}
+
+// capabilities reads what the capabilities tell: vectors, one-shot mode. A
+// process without privileges does not see them; a driver that knows may tell.
+func (d *Device) capabilities(config []byte) error {
+	known := d.back.Interrupts().Vectors
+	var err error
+	if d.cap, err = regs.ParseVendorCap(config); err != nil {
+		if known > 0 && errors.Is(err, ErrConfigShort) {
+			d.vectors = known
+			return nil
+		}
+		return err
+	}
+	switch m, err := regs.ParseMSIX(config); {
+	case err == nil:
+		d.vectors = m.Vectors
+	case errors.Is(err, regs.ErrNoCapability):
+		d.vectors = 1 // INTx
+	default:
+		return err
 	}
 	return nil
 }
@@ -134,6 +149,12 @@ func (d *Device) load(r regs.Register) (uint32, error) {
 // setOneShot writes Privileged Control unless it is right: the device may have
 // been left in either mode.
 func (d *Device) setOneShot(on bool) error {
+	if d.cap.Offset == 0 && d.back.Interrupts().Shared && on {
+		return nil // not to be seen, but the driver did it
+	}
+	if d.cap.Offset == 0 {
+		return fmt.Errorf("Privileged Control: %w", ErrConfigShort)
+	}
 	privileged := uint8(0)
 	if on {
 		privileged = regs.OneShot
@@ -182,6 +203,10 @@ func (d *Device) Sections() *shmem.Sections { return d.back.Sections() }
 
 // OneShot reports whether the handle uses one-shot interrupt mode.
 func (d *Device) OneShot() bool { return d.wait.oneShot }
+
+// VectorsApart reports whether interrupts tell which vector they came on.
+// Where they do not, one counter serves all, and each wakes every waiter.
+func (d *Device) VectorsApart() bool { return !d.wait.shared }
 
 // HasInterrupts reports whether Wait works: the back end has interrupts, and
 // the handle is the owner's.

@@ -97,25 +97,59 @@ func TestNewFails(t *testing.T) {
 }
 
 // TestNewInterruptCount gives New a back end with other numbers of interrupt
-// descriptors than the device has vectors.
+// descriptors than the device has vectors: too many are a mistake, with fewer
+// some vectors cannot be waited for.
 func TestNewInterruptCount(t *testing.T) {
-	for _, n := range []int{1, 3} {
+	b := newFake(t)
+	b.interrupts.FDs = []int{eventfd(t), eventfd(t), eventfd(t)}
+	if _, err := New(b); err == nil || !strings.Contains(err.Error(), "expected at most 2 descriptors") {
+		t.Errorf("3 descriptors for 2 vectors: got %v", err)
+	}
+	for _, n := range []int{1, 2} {
 		b := newFake(t)
 		for range n {
 			b.interrupts.FDs = append(b.interrupts.FDs, eventfd(t))
 		}
-		if _, err := New(b); err == nil || !strings.Contains(err.Error(), "expected 2 descriptors") {
-			t.Errorf("%d descriptors for 2 vectors: got %v", n, err)
+		d, err := New(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = d.Wait(t.Context(), []int{1}, func() bool { return true })
+		if refused := errors.Is(err, ErrNotSupported); refused != (n == 1) {
+			t.Errorf("wait for vector 1 with %d descriptors: %v", n, err)
+		}
+		if err := d.Wait(t.Context(), []int{0}, func() bool { return true }); err != nil {
+			t.Errorf("wait for vector 0 with %d descriptors: %v", n, err)
+		}
+		if err := d.Close(); err != nil {
+			t.Error(err)
 		}
 	}
+}
+
+// TestUnprivileged opens a back end that shows 64 bytes of configuration
+// space, but whose driver knows the rest.
+func TestUnprivileged(t *testing.T) {
 	b := newFake(t)
-	b.interrupts.FDs = []int{eventfd(t), eventfd(t)}
+	b.config = b.config[:64]
+	if _, err := New(b); !errors.Is(err, ErrConfigShort) {
+		t.Errorf("nobody knows: got %v, want ErrConfigShort", err)
+	}
+	b.interrupts = Interrupts{FDs: []int{eventfd(t)}, Shared: true, Vectors: 5, Hangup: -1}
 	d, err := New(b)
 	if err != nil {
 		t.Fatal(err)
 	}
+	if d.Vectors() != 5 || !d.OneShot() || d.VectorsApart() {
+		t.Errorf("vectors %d, one-shot %v, apart %v; want 5, true, false", d.Vectors(), d.OneShot(), d.VectorsApart())
+	}
 	if err := d.Close(); err != nil {
 		t.Error(err)
+	}
+	// Nobody switched one-shot mode off, and nobody here can.
+	b.interrupts.Shared = false
+	if _, err := New(b); !errors.Is(err, ErrConfigShort) {
+		t.Errorf("one-shot mode unknown: got %v, want ErrConfigShort", err)
 	}
 }
 

@@ -3,7 +3,6 @@ package ivshmem
 import (
 	"errors"
 	"fmt"
-	"strings"
 
 	"github.com/ivshmem-go/ivshmem/internal/fault"
 	"github.com/ivshmem-go/ivshmem/internal/sysfs"
@@ -50,7 +49,7 @@ type SectionInfo struct {
 // process has; addresses are those of [Open]. On a link's socket it takes a
 // peer ID for a moment.
 func Inspect(address string) (*Info, error) {
-	if strings.Contains(address, "/") {
+	if isSocket(address) {
 		d, err := Open(address, AsObserver())
 		if err != nil {
 			return nil, err

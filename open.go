@@ -11,6 +11,7 @@ import (
 	"github.com/ivshmem-go/ivshmem/internal/sysfs"
 	"github.com/ivshmem-go/ivshmem/peer"
 	"github.com/ivshmem-go/ivshmem/regs"
+	"github.com/ivshmem-go/ivshmem/uio"
 	"github.com/ivshmem-go/ivshmem/vfio"
 )
 
@@ -38,14 +39,16 @@ func Discover() ([]Found, error) {
 	return found, err
 }
 
-// Open opens a device: by PCI address ("0000:00:04.0", "00:04.0"), by the path
-// of a link's socket (anything with a slash), or, with an empty address, the
-// only device of this machine.
+// Open opens a device: by PCI address ("0000:00:04.0", "00:04.0"), as UIO device
+// ("uio0"), by the path of a link's socket (anything else with a slash), or,
+// with an empty address, the only device of this machine.
 //
-// A PCI device is reached through the driver it is bound to: vfio-pci, with
-// interrupts; otherwise plain sysfs, which can only poll. An owner locks it.
+// A PCI device is reached through the driver it is bound to: vfio-pci, with an
+// interrupt for each vector; uio_ivshmem, with one for all; igb_uio, with
+// vector 0 only; otherwise plain sysfs, which can only be polled. An owner
+// locks it.
 func Open(address string, opts ...Option) (*Device, error) {
-	if strings.Contains(address, "/") {
+	if isSocket(address) {
 		b, err := peer.Dial(address)
 		if err != nil {
 			return nil, err
@@ -59,6 +62,12 @@ func Open(address string, opts ...Option) (*Device, error) {
 	return openPCI(dev, opts)
 }
 
+// isSocket reports whether an address is that of a link's socket.
+func isSocket(address string) bool {
+	_, device := uio.ParseName(address)
+	return strings.Contains(address, "/") && !device
+}
+
 // find looks a PCI device up; an empty address is the only one there is.
 func find(address string) (*sysfs.Device, error) {
 	if address == "" {
@@ -70,6 +79,12 @@ func find(address string) (*sysfs.Device, error) {
 			return nil, fmt.Errorf("%d devices found: choose one by its address, `ivshctl list` shows them", len(found))
 		}
 		return found[0], nil
+	}
+	if n, ok := uio.ParseName(address); ok {
+		var err error
+		if address, err = uio.AddressOf(string(sysfs.Root), n); err != nil {
+			return nil, fmt.Errorf("%w: UIO device %d: %w", ErrNotFound, n, err)
+		}
 	}
 	full, ok := sysfs.FullAddress(address)
 	if !ok {
@@ -92,9 +107,14 @@ func openPCI(dev *sysfs.Device, opts []Option) (*Device, error) {
 	}
 	var b Backend
 	var err error
-	if dev.Driver == vfio.Driver {
+	switch {
+	case dev.Driver == vfio.Driver:
 		b, err = openVFIO(dev, o.observer)
-	} else {
+	case uio.Carries(dev):
+		b, err = openUIO(dev, o.observer)
+	case uio.IsIGB(dev) && !o.observer:
+		b, err = uio.OpenIGB(dev)
+	default:
 		b, err = dev.Open()
 	}
 	if err != nil {
@@ -102,6 +122,17 @@ func openPCI(dev *sysfs.Device, opts []Option) (*Device, error) {
 		return nil, err
 	}
 	return New(b, append(slices.Clip(opts), func(o *options) { o.release = release })...)
+}
+
+// openUIO opens a device through uio_ivshmem. Closing its file sets State 0,
+// so an observer must not have opened it beside an owner.
+func openUIO(dev *sysfs.Device, observer bool) (Backend, error) {
+	if o, owned := dev.Owner(); owned && observer {
+		return nil, &DeviceError{Device: dev.Addr, Op: "observe",
+			Err:    fmt.Errorf("%w: %v owns the device, and opening its UIO file besides would set its State to 0", ErrBusy, o),
+			Remedy: "ask that process"}
+	}
+	return uio.Open(dev)
 }
 
 // openVFIO opens a device through vfio-pci. The kernel lets one process have

@@ -2,6 +2,7 @@ package ivshmem
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -29,13 +30,18 @@ type waiters struct {
 	set     *evfd.Set // nil: no interrupts
 	sleep   Sleep
 	oneShot bool
-	shared  bool  // one UIO counter for all vectors
+	shared  bool  // one counter for all vectors
+	uio     bool  // fds are UIO files
 	fds     []int // by vector
 	kick    int   // eventfd that wakes the leader, -1: none
 	counts  []atomic.Uint64
 	// armed is false once an interrupt disarmed the device in one-shot mode.
 	// It belongs to the leader.
 	armed bool
+	// counted and total are the last reading of a UIO file. They belong to the
+	// leader, too.
+	counted bool
+	total   uint32
 
 	mu      sync.Mutex
 	all     []*waiter
@@ -57,19 +63,19 @@ func (w *waiter) wants(vector int) bool {
 func (ws *waiters) init(d *Device, o options) error {
 	ws.device = d
 	i := d.back.Interrupts()
-	ws.sleep, ws.fds, ws.shared = o.sleep, i.FDs, i.Shared
+	ws.sleep, ws.fds, ws.shared, ws.uio = o.sleep, i.FDs, i.Shared, i.UIO
 	ws.oneShot = o.oneShot || i.Shared
 	ws.counts = make([]atomic.Uint64, d.vectors)
 	if d.observer || len(i.FDs) == 0 {
 		ws.oneShot = false
 		return nil
 	}
-	want := d.vectors
+	most := d.vectors
 	if i.Shared {
-		want = 1
+		most = 1
 	}
-	if len(i.FDs) != want {
-		return fmt.Errorf("interrupts: expected %d descriptors of the back end, found %d", want, len(i.FDs))
+	if len(i.FDs) > most {
+		return fmt.Errorf("interrupts: expected at most %d descriptors of the back end, found %d", most, len(i.FDs))
 	}
 	kick, err := evfd.New()
 	if err != nil {
@@ -128,11 +134,16 @@ func (d *Device) Wait(ctx context.Context, vectors []int, ready func() bool) err
 			return fmt.Errorf("wait: vector %d, expected a vector below %d", v, d.vectors)
 		}
 	}
-	if err := ctx.Err(); err != nil {
-		return err
-	}
 	if ws.shared {
 		vectors = nil
+	}
+	for _, v := range vectors {
+		if v >= len(ws.fds) {
+			return fmt.Errorf("wait: %w: vector %d does not arrive through %s, only those below %d: agree on these with the peers", ErrNotSupported, v, d.Driver(), len(ws.fds))
+		}
+	}
+	if err := ctx.Err(); err != nil {
+		return err
 	}
 	w := &waiter{vectors: vectors, ready: ready, wake: make(chan bool, 1)}
 	done, lead, err := ws.join(w)
@@ -267,17 +278,26 @@ func (ws *waiters) lead(ctx context.Context, own *waiter) error {
 
 // count takes the interrupts of a descriptor.
 func (ws *waiters) count(vector int) error {
-	if !ws.shared {
+	if !ws.uio {
 		ws.counts[vector].Add(evfd.Take(ws.fds[vector]))
 		return nil
 	}
 	var b [4]byte
-	switch _, err := unix.Read(ws.fds[0], b[:]); {
-	case err == nil:
-		ws.counts[0].Add(1)
+	switch _, err := unix.Read(ws.fds[vector], b[:]); {
 	case err == unix.EIO: // the driver was unbound
 		return ErrGone
+	case err != nil: // nothing new after all
+		return nil
 	}
+	// The kernel's total wraps. It began before the handle did, so the first
+	// one tells only that there was something.
+	total := binary.NativeEndian.Uint32(b[:])
+	n := uint32(1)
+	if ws.counted {
+		n = total - ws.total
+	}
+	ws.counted, ws.total = true, total
+	ws.counts[vector].Add(uint64(n))
 	return nil
 }
 

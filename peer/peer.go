@@ -125,7 +125,11 @@ func (b *Backend) mapSections(l shmem.Layout, own uint32) error {
 		return fmt.Errorf("%w: expected all sections behind the State Table to be mappable", fault.ErrNotSupported)
 	}
 	table := mapped(0, l.StateTable)
-	if b.set, err = mem.MapSections(r.FD, int64(r.FileOffset), l, own, table); err != nil {
+	places := mem.Region(int64(r.FileOffset), l, own)
+	if !table {
+		places.StateTable = mem.NotMapped
+	}
+	if b.set, err = mem.MapSections(r.FD, l, places); err != nil {
 		return err
 	}
 	if !table {

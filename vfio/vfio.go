@@ -106,7 +106,7 @@ func (b *Backend) open() error {
 	if err := layout.CheckRegion(r.size); err != nil {
 		return err
 	}
-	if b.set, err = mem.MapSections(b.device, int64(r.offset), layout, own, true); err != nil {
+	if b.set, err = mem.MapSections(b.device, layout, mem.Region(int64(r.offset), layout, own)); err != nil {
 		return err
 	}
 	return b.connectVectors()

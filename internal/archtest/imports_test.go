@@ -48,7 +48,10 @@ var rules = map[string]rule{
 	"peer": {own: []string{"regs", "shmem", "vfiouser", "internal/evfd", "internal/fault", "internal/mem"}, others: []string{unix},
 		why: "a way to a device: it knows neither the root nor the other ways"},
 
-	"": {own: []string{"regs", "shmem", "vfio", "peer", "internal/evfd", "internal/fault", "internal/sysfs"}, others: []string{unix},
+	"uio": {own: []string{"regs", "shmem", "internal/evfd", "internal/fault", "internal/mem", "internal/sysfs"}, others: []string{unix},
+		why: "a way to a device: it knows neither the root nor the other ways"},
+
+	"": {own: []string{"regs", "shmem", "uio", "vfio", "peer", "internal/evfd", "internal/fault", "internal/sysfs"}, others: []string{unix},
 		why: "the only chooser of a way; no service, no protocol"},
 	"ivshmemtest": {own: []string{"", "link", "link/pcidev"}, why: "for tests: the service and its peers in one process"},
 

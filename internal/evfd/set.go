@@ -12,13 +12,19 @@ import (
 // Interrupts is how a back end's interrupts reach the process. The
 // descriptors stay the back end's.
 type Interrupts struct {
-	// FDs has one non-blocking eventfd for each vector, or one descriptor
-	// for all of them where Shared is set. Empty: the back end has no
-	// interrupts, it can only be polled.
+	// FDs has a descriptor for each vector from 0 on. Where it has fewer than
+	// the device has vectors, the others' interrupts are lost. Empty: the
+	// back end has no interrupts, it can only be polled.
 	FDs []int
-	// Shared says that FDs has one UIO descriptor, whose 32-bit counter
-	// counts the interrupts of all vectors.
+	// UIO says that FDs are UIO device files, of which a read returns a
+	// 32-bit total; otherwise they are non-blocking eventfds.
+	UIO bool
+	// Shared says that the one descriptor in FDs counts the interrupts of all
+	// vectors, and that the driver behind it has switched one-shot mode on.
 	Shared bool
+	// Vectors is the number of the device's vectors, where the driver knows
+	// it; 0: the configuration space tells.
+	Vectors int
 	// Hangup is a descriptor, such as a socket, that hangs up when the
 	// device goes away; -1 where there is none.
 	Hangup int

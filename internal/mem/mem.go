@@ -91,62 +91,90 @@ type Set struct {
 	maps     []*Mapping
 }
 
-// MapSections maps the sections of peer own from a file in which the shared
-// memory region starts at base. The State Table is left out where
-// stateTable is false; the caller sets Sections.States then.
-func MapSections(fd int, base int64, l shmem.Layout, own uint32, stateTable bool) (*Set, error) {
+// Places says where in a file the sections of a peer are: offsets for mmap, in
+// bytes. Sections that the layout does not have are not looked at.
+type Places struct {
+	StateTable int64 // or NotMapped: the caller sets Sections.States
+	ReadWrite  int64
+	Inputs     int64 // the output sections of all peers
+	Output     int64 // the own one
+}
+
+// NotMapped is the place of a State Table that is not to be mapped.
+const NotMapped = -1
+
+// Region is the places of the sections of peer own in a file in which the
+// shared memory region starts at base.
+func Region(base int64, l shmem.Layout, own uint32) Places {
+	return Places{
+		StateTable: base,
+		ReadWrite:  base + int64(l.ReadWriteOffset()),
+		Inputs:     base + int64(l.OutputOffset(0)),
+		Output:     base + int64(l.OutputOffset(own)),
+	}
+}
+
+// MapSections maps the sections of a peer from a file.
+func MapSections(fd int, l shmem.Layout, p Places) (*Set, error) {
 	s := &Set{Sections: shmem.Sections{Layout: l}}
-	fail := func(name string, err error) (*Set, error) {
+	if err := s.open(fd, p); err != nil {
 		s.Close()
-		return nil, fmt.Errorf("%s: %w", name, err)
+		return nil, err
 	}
-	mapped := func(offset, size uint64, write bool) (*shmem.Memory, error) {
-		m, err := Map(fd, base+int64(offset), size, write)
+	return s, nil
+}
+
+func (s *Set) open(fd int, p Places) error {
+	l := s.Sections.Layout
+	if p.StateTable != NotMapped {
+		v, err := s.readOnly(fd, shmem.NameStateTable, p.StateTable, l.StateTable)
 		if err != nil {
-			return nil, err
-		}
-		s.maps = append(s.maps, m)
-		return m.Memory, nil
-	}
-	if stateTable {
-		m, err := mapped(0, l.StateTable, false)
-		if err != nil {
-			return fail(shmem.NameStateTable, err)
-		}
-		v, err := m.ReadOnly(shmem.NameStateTable, 0, l.StateTable)
-		if err != nil {
-			return fail(shmem.NameStateTable, err)
+			return err
 		}
 		if s.Sections.States, err = shmem.NewStateTable(v, l.Peers); err != nil {
-			return fail(shmem.NameStateTable, err)
+			return err
 		}
 	}
+	var err error
 	if l.ReadWrite > 0 {
-		m, err := mapped(l.ReadWriteOffset(), l.ReadWrite, true)
-		if err != nil {
-			return fail(shmem.NameReadWrite, err)
-		}
-		if s.Sections.ReadWrite, err = m.ReadWrite(shmem.NameReadWrite, 0, l.ReadWrite); err != nil {
-			return fail(shmem.NameReadWrite, err)
+		if s.Sections.ReadWrite, err = s.readWrite(fd, shmem.NameReadWrite, p.ReadWrite, l.ReadWrite); err != nil {
+			return err
 		}
 	}
 	if l.Output > 0 {
-		all := uint64(l.Peers) * l.Output
-		m, err := mapped(l.OutputOffset(0), all, false)
-		if err != nil {
-			return fail(shmem.NameInputs, err)
+		if s.Sections.Inputs, err = s.readOnly(fd, shmem.NameInputs, p.Inputs, uint64(l.Peers)*l.Output); err != nil {
+			return err
 		}
-		if s.Sections.Inputs, err = m.ReadOnly(shmem.NameInputs, 0, all); err != nil {
-			return fail(shmem.NameInputs, err)
-		}
-		if m, err = mapped(l.OutputOffset(own), l.Output, true); err != nil {
-			return fail(shmem.NameOutput, err)
-		}
-		if s.Sections.Output, err = m.ReadWrite(shmem.NameOutput, 0, l.Output); err != nil {
-			return fail(shmem.NameOutput, err)
+		if s.Sections.Output, err = s.readWrite(fd, shmem.NameOutput, p.Output, l.Output); err != nil {
+			return err
 		}
 	}
-	return s, nil
+	return nil
+}
+
+func (s *Set) mapped(fd int, name string, offset int64, size uint64, write bool) (*shmem.Memory, error) {
+	m, err := Map(fd, offset, size, write)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	s.maps = append(s.maps, m)
+	return m.Memory, nil
+}
+
+func (s *Set) readOnly(fd int, name string, offset int64, size uint64) (*shmem.ReadOnly, error) {
+	m, err := s.mapped(fd, name, offset, size, false)
+	if err != nil {
+		return nil, err
+	}
+	return m.ReadOnly(name, 0, size)
+}
+
+func (s *Set) readWrite(fd int, name string, offset int64, size uint64) (*shmem.ReadWrite, error) {
+	m, err := s.mapped(fd, name, offset, size, true)
+	if err != nil {
+		return nil, err
+	}
+	return m.ReadWrite(name, 0, size)
 }
 
 // Close unmaps all sections.

@@ -162,7 +162,7 @@ func TestSectionsAreProtected(t *testing.T) {
 					mark(l.OutputOffset(peer), 0xa0+byte(peer))
 				}
 			}
-			s, err := MapSections(fd, base, l, c.own, c.stateTable)
+			s, err := MapSections(fd, l, places(base, l, c.own, c.stateTable))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -255,7 +255,7 @@ func TestMapSectionsFails(t *testing.T) {
 		1: shmem.NameInputs, 2<<16 + 1: shmem.NameReadWrite, 4 << 16: shmem.NameStateTable,
 	} {
 		fd := file(t, "ivshmem-test-short", int64(l.Total())-missing)
-		s, err := MapSections(fd, 0, l, 0, true)
+		s, err := MapSections(fd, l, Region(0, l, 0))
 		if err == nil || s != nil || !strings.HasPrefix(err.Error(), name+":") {
 			t.Errorf("file %d bytes too short: %v, want an error of the %s", missing, err, name)
 		}
@@ -265,7 +265,7 @@ func TestMapSectionsFails(t *testing.T) {
 	}
 	fd := file(t, "ivshmem-test-short", 1<<20)
 	for _, base := range []int64{-1 << 16, 1<<63 - 1<<16, 512} {
-		if _, err := MapSections(fd, base, l, 0, true); err == nil {
+		if _, err := MapSections(fd, l, Region(base, l, 0)); err == nil {
 			t.Errorf("region at %#x: want an error", base)
 		}
 	}
@@ -368,4 +368,12 @@ func TestAddressesComeBack(t *testing.T) {
 		runtime.GC() // cleanups run some time after
 		runtime.Gosched()
 	}
+}
+
+func places(base int64, l shmem.Layout, own uint32, stateTable bool) Places {
+	p := Region(base, l, own)
+	if !stateTable {
+		p.StateTable = NotMapped
+	}
+	return p
 }

@@ -86,7 +86,7 @@ func (c *Carrier) open() error {
 		return fail("map shared memory", err)
 	}
 	defer f.Close()
-	if c.set, err = mem.MapSections(int(f.Fd()), 0, layout, own, true); err != nil {
+	if c.set, err = mem.MapSections(int(f.Fd()), layout, mem.Region(0, layout, own)); err != nil {
 		return fail("map shared memory", err)
 	}
 	return nil
@@ -115,7 +115,7 @@ func (c *Carrier) WriteConfig(offset int, v uint8) error {
 	if c.closed.Load() {
 		return os.ErrClosed
 	}
-	return c.dev.writeConfig(offset, v)
+	return c.dev.WriteConfig(offset, v)
 }
 
 // Load reads a register.

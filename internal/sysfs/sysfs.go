@@ -138,8 +138,8 @@ func (d *Device) ReadConfig() ([]byte, error) {
 	return b, nil
 }
 
-// writeConfig writes bytes of the configuration space.
-func (d *Device) writeConfig(offset int, b ...byte) error {
+// WriteConfig writes bytes of the configuration space.
+func (d *Device) WriteConfig(offset int, b ...byte) error {
 	f, err := os.OpenFile(filepath.Join(d.FullPath, "config"), os.O_WRONLY, 0)
 	if err != nil {
 		return err

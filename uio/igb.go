@@ -1,0 +1,68 @@
+package uio
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ivshmem-go/ivshmem/internal/evfd"
+	"github.com/ivshmem-go/ivshmem/internal/fault"
+	"github.com/ivshmem-go/ivshmem/internal/sysfs"
+)
+
+// IGB is a device that is bound to igb_uio. That driver enables MSI-X vector 0
+// only: what rings another one is lost. Registers and memory come from the
+// resource files in sysfs, whose rights are root's.
+type IGB struct {
+	*sysfs.Carrier
+	fd    int
+	close sync.Once
+}
+
+// OpenIGB opens a device that is bound to igb_uio. MSI-X is on as long as it
+// is open.
+func OpenIGB(dev *sysfs.Device) (*IGB, error) {
+	fail := func(err error) (*IGB, error) {
+		return nil, &fault.DeviceError{Device: dev.Addr, Op: "open through igb_uio", Err: err}
+	}
+	node, err := findNode(dev.FullPath)
+	if err != nil {
+		return fail(err)
+	}
+	// First the file: opening it enables bus master and the interrupt.
+	path := fmt.Sprintf("/dev/uio%d", node.Number)
+	fd, err := unix.Open(path, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fail(&os.PathError{Op: "open", Path: path, Err: err})
+	}
+	c, err := dev.Open()
+	if err != nil {
+		unix.Close(fd)
+		return nil, err
+	}
+	return &IGB{Carrier: c, fd: fd}, nil
+}
+
+// IsIGB reports whether a device is bound to igb_uio.
+func IsIGB(dev *sysfs.Device) bool {
+	n, err := findNode(dev.FullPath)
+	return err == nil && n.Name == "igb_uio"
+}
+
+// Driver is "igb_uio".
+func (b *IGB) Driver() string { return "igb_uio" }
+
+// Interrupts is the UIO file, for vector 0.
+func (b *IGB) Interrupts() evfd.Interrupts {
+	return evfd.Interrupts{FDs: []int{b.fd}, UIO: true, Hangup: -1}
+}
+
+// Close unmaps the device and closes the file.
+func (b *IGB) Close() error {
+	err := b.Carrier.Close()
+	b.close.Do(func() { err = errors.Join(err, unix.Close(b.fd)) })
+	return err
+}
