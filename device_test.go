@@ -43,7 +43,7 @@ func newFake(t *testing.T) *fakeBackend {
 	b := &fakeBackend{
 		config:     make([]byte, 256),
 		registers:  map[regs.Register]uint32{0x04: 2},
-		interrupts: Interrupts{Hangup: -1},
+		interrupts: Interrupts{},
 	}
 	for at, row := range map[int]string{
 		0x00: "0a110641 00001000 000000ff", 0x34: "40",
@@ -84,7 +84,7 @@ func TestNewFails(t *testing.T) {
 		unix.Dup2(stdin, 0)
 		unix.Close(stdin)
 	}()
-	b := &fakeBackend{interrupts: Interrupts{Hangup: -1}}
+	b := &fakeBackend{interrupts: Interrupts{}}
 	if _, err := New(b); err == nil {
 		t.Fatal("a device without configuration space was accepted")
 	}
@@ -135,7 +135,7 @@ func TestUnprivileged(t *testing.T) {
 	if _, err := New(b); !errors.Is(err, ErrConfigShort) {
 		t.Errorf("nobody knows: got %v, want ErrConfigShort", err)
 	}
-	b.interrupts = Interrupts{FDs: []int{eventfd(t)}, Shared: true, Vectors: 5, Hangup: -1}
+	b.interrupts = Interrupts{FDs: []int{eventfd(t)}, Shared: true, Vectors: 5}
 	d, err := New(b)
 	if err != nil {
 		t.Fatal(err)

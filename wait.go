@@ -19,7 +19,7 @@ import (
 // Tags of the set's descriptors that are no vectors.
 const (
 	tagKick   = -1
-	tagHangup = -2
+	tagGone = -2
 )
 
 // waiters is everybody who waits for interrupts of a device. One of them, the
@@ -93,8 +93,8 @@ func (ws *waiters) init(d *Device, o options) error {
 			return err
 		}
 	}
-	if i.Hangup >= 0 {
-		return ws.set.Add(i.Hangup, unix.EPOLLRDHUP, tagHangup)
+	if i.Gone.Events != 0 {
+		return ws.set.Add(i.Gone.FD, i.Gone.Events, tagGone)
 	}
 	return nil
 }
@@ -263,7 +263,7 @@ func (ws *waiters) lead(ctx context.Context, own *waiter) error {
 			switch e.Fd {
 			case tagKick:
 				evfd.Drain(ws.kick)
-			case tagHangup:
+			case tagGone:
 				return ws.fail(own, ErrGone)
 			default:
 				if err := ws.count(int(e.Fd)); err != nil {

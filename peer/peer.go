@@ -321,7 +321,7 @@ func (b *Backend) Interrupts() evfd.Interrupts {
 	if b.direct {
 		fds = b.own
 	}
-	return evfd.Interrupts{FDs: fds, Hangup: b.client.FD()}
+	return evfd.Interrupts{FDs: fds, Gone: evfd.Source{FD: b.client.FD(), Events: unix.EPOLLRDHUP}}
 }
 
 // Close disconnects: the service sets State 0 and frees the peer ID.

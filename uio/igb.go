@@ -57,7 +57,7 @@ func (b *IGB) Driver() string { return "igb_uio" }
 
 // Interrupts is the UIO file, for vector 0.
 func (b *IGB) Interrupts() evfd.Interrupts {
-	return evfd.Interrupts{FDs: []int{b.fd}, UIO: true, Hangup: -1}
+	return evfd.Interrupts{FDs: []int{b.fd}, UIO: true}
 }
 
 // Close unmaps the device and closes the file.

@@ -198,7 +198,7 @@ func (b *Backend) Sections() *shmem.Sections { return &b.set.Sections }
 
 // Interrupts is the UIO file, whose counter all vectors share.
 func (b *Backend) Interrupts() evfd.Interrupts {
-	return evfd.Interrupts{FDs: []int{b.fd}, UIO: true, Shared: true, Vectors: b.vectors, Hangup: -1}
+	return evfd.Interrupts{FDs: []int{b.fd}, UIO: true, Shared: true, Vectors: b.vectors}
 }
 
 // Close unmaps the device and closes the file: the driver sets State 0.

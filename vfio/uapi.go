@@ -33,6 +33,7 @@ const (
 	regionBAR2   = 2
 	regionConfig = 7
 	irqMSIX      = 2
+	irqRequest   = 4 // the kernel asks for the device back
 )
 
 type groupStatus struct{ argsz, flags uint32 }
@@ -76,13 +77,13 @@ func regionOf(device int, index uint32) (regionInfo, error) {
 	return i, nil
 }
 
-// setEventFDs connects vectors 0 … of the MSI-X index to eventfds; none
+// setEventFDs connects sub-indexes 0 … of an interrupt index to eventfds; none
 // disconnects all.
-func setEventFDs(device int, fds []int) error {
+func setEventFDs(device int, index uint32, fds []int) error {
 	const head = unsafe.Sizeof(irqSet{})
 	b := make([]uint32, int(head)/4+len(fds))
 	s := (*irqSet)(unsafe.Pointer(&b[0]))
-	*s = irqSet{argsz: uint32(4 * len(b)), flags: irqSetDataEventFD | irqSetTrigger, index: irqMSIX, count: uint32(len(fds))}
+	*s = irqSet{argsz: uint32(4 * len(b)), flags: irqSetDataEventFD | irqSetTrigger, index: index, count: uint32(len(fds))}
 	if len(fds) == 0 {
 		s.flags = irqSetDataNone | irqSetTrigger
 	}
@@ -91,4 +92,14 @@ func setEventFDs(device int, fds []int) error {
 	}
 	_, err := ioctl(device, ioctlSetIRQs, unsafe.Pointer(s))
 	return err
+}
+
+// irqCount is the number of sub-indexes of an interrupt index.
+func irqCount(device int, index uint32) (uint32, error) {
+	i := irqInfo{index: index}
+	i.argsz = uint32(unsafe.Sizeof(i))
+	if _, err := ioctl(device, ioctlIRQInfo, unsafe.Pointer(&i)); err != nil {
+		return 0, fmt.Errorf("VFIO interrupt %d: %w", index, err)
+	}
+	return i.count, nil
 }

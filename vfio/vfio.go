@@ -39,6 +39,7 @@ type Backend struct {
 	window  *regs.Window
 	set     *mem.Set
 	vectors []int
+	gone    evfd.Source // eventfd of the kernel's device request
 
 	mu     sync.RWMutex // held for writing by Close
 	closed bool
@@ -179,28 +180,38 @@ func (b *Backend) enable() error {
 	return nil
 }
 
-// connectVectors gives each MSI-X vector an eventfd of its own.
+// connectVectors gives each MSI-X vector an eventfd of its own, and one to the
+// kernel's notice that it wants the device back.
 func (b *Backend) connectVectors() error {
-	i := irqInfo{index: irqMSIX}
-	i.argsz = uint32(unsafe.Sizeof(i))
-	if _, err := ioctl(b.device, ioctlIRQInfo, unsafe.Pointer(&i)); err != nil {
-		return fmt.Errorf("VFIO interrupt information: %w", err)
+	n, err := irqCount(b.device, irqMSIX)
+	if err != nil {
+		return err
 	}
-	if i.count > regs.VectorsMax {
-		return fmt.Errorf("MSI-X vectors: expected at most %d, found %d", regs.VectorsMax, i.count)
+	if n > regs.VectorsMax {
+		return fmt.Errorf("MSI-X vectors: expected at most %d, found %d", regs.VectorsMax, n)
 	}
-	for range i.count {
+	for range n {
 		fd, err := evfd.New()
 		if err != nil {
 			return err
 		}
 		b.vectors = append(b.vectors, fd)
 	}
-	if len(b.vectors) == 0 {
-		return nil // polling only
+	if n > 0 {
+		if err := setEventFDs(b.device, irqMSIX, b.vectors); err != nil {
+			return fmt.Errorf("connect %d MSI-X vectors: %w", n, err)
+		}
 	}
-	if err := setEventFDs(b.device, b.vectors); err != nil {
-		return fmt.Errorf("connect %d MSI-X vectors: %w", len(b.vectors), err)
+	if n, err = irqCount(b.device, irqRequest); err != nil || n == 0 {
+		return nil // an old kernel: nobody asks
+	}
+	fd, err := evfd.New()
+	if err != nil {
+		return err
+	}
+	b.gone = evfd.Source{FD: fd, Events: unix.EPOLLIN}
+	if err := setEventFDs(b.device, irqRequest, []int{fd}); err != nil {
+		return fmt.Errorf("connect device request: %w", err)
 	}
 	return nil
 }
@@ -246,9 +257,11 @@ func (b *Backend) Store(r regs.Register, v uint32) error { return b.window.Store
 // Sections is the shared memory.
 func (b *Backend) Sections() *shmem.Sections { return &b.set.Sections }
 
-// Interrupts has one eventfd per MSI-X vector.
+// Interrupts has one eventfd per MSI-X vector. The kernel's device request ends
+// them: until the device is closed, its removal, or the unbinding of the
+// driver, waits.
 func (b *Backend) Interrupts() evfd.Interrupts {
-	return evfd.Interrupts{FDs: b.vectors, Hangup: -1}
+	return evfd.Interrupts{FDs: b.vectors, Gone: b.gone}
 }
 
 // Close gives the device back to the kernel, which switches MSI-X and bus
@@ -268,9 +281,13 @@ func (b *Backend) Close() error {
 		errs = append(errs, b.set.Close())
 	}
 	if len(b.vectors) > 0 {
-		errs = append(errs, setEventFDs(b.device, nil))
+		errs = append(errs, setEventFDs(b.device, irqMSIX, nil))
 	}
-	for _, fd := range append([]int{b.device, b.group, b.iommu}, b.vectors...) {
+	fds := append([]int{b.device, b.group, b.iommu}, b.vectors...)
+	if b.gone.Events != 0 {
+		fds = append(fds, b.gone.FD)
+	}
+	for _, fd := range fds {
 		if fd >= 0 {
 			unix.Close(fd)
 		}

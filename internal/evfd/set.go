@@ -25,9 +25,15 @@ type Interrupts struct {
 	// Vectors is the number of the device's vectors, where the driver knows
 	// it; 0: the configuration space tells.
 	Vectors int
-	// Hangup is a descriptor, such as a socket, that hangs up when the
-	// device goes away; -1 where there is none.
-	Hangup int
+	// Gone tells when the device goes away.
+	Gone Source
+}
+
+// Source is a descriptor, and the events of epoll(7) to look for: EPOLLRDHUP of
+// a socket, EPOLLIN of an eventfd. Without events there is none.
+type Source struct {
+	FD     int
+	Events uint32
 }
 
 // Sleep is a way to sleep until a descriptor is ready.

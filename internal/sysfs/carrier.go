@@ -128,7 +128,7 @@ func (c *Carrier) Store(r regs.Register, v uint32) error { return c.window.Store
 func (c *Carrier) Sections() *shmem.Sections { return &c.set.Sections }
 
 // Interrupts says that there are none.
-func (c *Carrier) Interrupts() evfd.Interrupts { return evfd.Interrupts{Hangup: -1} }
+func (c *Carrier) Interrupts() evfd.Interrupts { return evfd.Interrupts{} }
 
 // Close unmaps the device.
 func (c *Carrier) Close() error {

@@ -32,7 +32,7 @@ func TestCarrier(t *testing.T) {
 	if c.Address() != "0000:00:04.0" || c.Driver() != "sysfs" {
 		t.Errorf("address %q, driver %q", c.Address(), c.Driver())
 	}
-	if i := c.Interrupts(); len(i.FDs) != 0 || i.Hangup != -1 {
+	if i := c.Interrupts(); len(i.FDs) != 0 || i.Gone.Events != 0 {
 		t.Errorf("interrupts %+v, want none", i)
 	}
 	if x, err := c.Load(regs.MaxPeers); x != 3 || err != nil {

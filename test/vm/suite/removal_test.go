@@ -1,0 +1,36 @@
+package suite
+
+import (
+	"testing"
+
+	"github.com/ivshmem-go/ivshmem/test/vm"
+)
+
+// TestRemoval takes the device away from under a program that waits: the wait
+// ends with the exit code of a device that is gone, and the kernel is not
+// kept waiting for it.
+func TestRemoval(t *testing.T) {
+	s := serve(t)
+	g := guests(t, s, vm.Config{Driver: "vfio-pci", Devices: []vm.Device{{Socket: s.Socket, Address: "0xe"}}})[0]
+	const address = "0000:00:0e.0"
+	waiting := func() *process {
+		w := start(t, g, "ivshctl", "wait", "1", "--state", "3")
+		run(t, g, 0, "sh", "-c", "until ivshctl info --json | grep -q '\"command\": \"ivshctl\"'; do :; done")
+		return w
+	}
+	t.Run("driver unbound", func(t *testing.T) {
+		w := waiting()
+		run(t, g, 0, "sh", "-c", "echo "+address+" >/sys/bus/pci/drivers/vfio-pci/unbind")
+		w.end(7)
+		bind(t, g, address, "vfio-pci")
+		run(t, g, 0, "ivshctl", "info")
+	})
+	t.Run("device removed", func(t *testing.T) {
+		w := waiting()
+		run(t, g, 0, "sh", "-c", "echo 1 >/sys/bus/pci/devices/"+address+"/remove")
+		w.end(7)
+		run(t, g, 3, "ivshctl", "info")
+		run(t, g, 0, "sh", "-c", "echo 1 >/sys/bus/pci/rescan; cat /sys/bus/pci/devices/"+address+"/vendor")
+		run(t, g, 0, "ivshctl", "info")
+	})
+}
