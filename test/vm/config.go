@@ -36,6 +36,8 @@ type Config struct {
 	Memory int
 	// CPUs is the number of virtual processors; 0 is one.
 	CPUs int
+	// Arch is the guest's architecture, Debian's name; "" is AMD64.
+	Arch string
 	// Kernel is the Debian release whose cloud kernel boots and whose
 	// packages are used; "" is fetch.Trixie.
 	Kernel string
@@ -72,11 +74,21 @@ type Device struct {
 	RootPort bool
 }
 
-// arch is Debian's name of the guests' architecture.
-const arch = "amd64"
+// AMD64 and ARM64 are Debian's names of architectures.
+const (
+	AMD64 = "amd64"
+	ARM64 = "arm64"
+)
 
-// defaultModules are loaded in every guest.
-var defaultModules = []string{"virtio_pci", "virtio_console", "vfio_iommu_type1", "vfio-pci", "uio_pci_generic"}
+// modules are loaded in every guest, in this order. Until the one of the
+// virtual IOMMU is there, an arm64 kernel defers the binding of all drivers.
+func (c *Config) modules() []string {
+	m := []string{"virtio_pci", "virtio_console", "vfio_iommu_type1", "vfio-pci", "uio_pci_generic"}
+	if c.arch() == ARM64 && !c.NoIOMMU {
+		m = append([]string{"virtio-iommu"}, m...)
+	}
+	return append(m, c.Modules...)
+}
 
 // image is what QEMU loads for a guest.
 type image struct {
@@ -98,21 +110,21 @@ func (c *Config) prepare(ctx context.Context) (*image, error) {
 		release = fetch.Trixie
 	}
 	img := &image{memory: c.Memory, cacheDir: cache.Dir}
-	if img.qemu, err = cache.QEMU(ctx, arch); err != nil {
+	if img.qemu, err = cache.QEMU(ctx, c.arch()); err != nil {
 		return nil, err
 	}
-	kernel, err := cache.Kernel(ctx, release, arch)
+	kernel, err := cache.Kernel(ctx, release, c.arch())
 	if err != nil {
 		return nil, err
 	}
 	img.kernel = kernel.Image
-	root, err := systemArchive(ctx, cache, release)
+	root, err := systemArchive(ctx, cache, release, c.arch())
 	if err != nil {
 		return nil, err
 	}
 	img.boot = wire.Boot{GuestToken: token(), HostToken: token(), Hostname: c.name(), Env: c.Env, Driver: c.Driver}
 	if len(c.Packages) > 0 {
-		unpacked, err := cache.Packages(ctx, release, arch, c.Packages)
+		unpacked, err := cache.Packages(ctx, release, c.arch(), c.Packages)
 		if err == nil {
 			err = root.tree(unpacked)
 		}
@@ -120,7 +132,7 @@ func (c *Config) prepare(ctx context.Context) (*image, error) {
 			return nil, err
 		}
 	}
-	if img.boot.Modules, err = root.modules(kernel, append(defaultModules[:len(defaultModules):len(defaultModules)], c.Modules...)); err != nil {
+	if img.boot.Modules, err = root.modules(kernel, c.modules()); err != nil {
 		return nil, err
 	}
 	for to, from := range c.Files {
@@ -154,6 +166,13 @@ func (c *Config) prepare(ctx context.Context) (*image, error) {
 	return img, nil
 }
 
+func (c *Config) arch() string {
+	if c.Arch == "" {
+		return AMD64
+	}
+	return c.Arch
+}
+
 func (c *Config) name() string {
 	if c.Name == "" {
 		return "guest"
@@ -174,10 +193,10 @@ var systems struct {
 }
 
 // systemArchive returns a copy of what all guests of a release share.
-func systemArchive(ctx context.Context, cache *fetch.Cache, release string) (archive, error) {
+func systemArchive(ctx context.Context, cache *fetch.Cache, release, arch string) (archive, error) {
 	systems.Lock()
 	defer systems.Unlock()
-	if a := systems.archives[release]; a != nil {
+	if a := systems.archives[release+arch]; a != nil {
 		return maps.Clone(a), nil
 	}
 	binaries, err := Binaries(ctx, cache.Dir, arch)
@@ -195,7 +214,7 @@ func systemArchive(ctx context.Context, cache *fetch.Cache, release string) (arc
 	if systems.archives == nil {
 		systems.archives = map[string]archive{}
 	}
-	systems.archives[release] = a
+	systems.archives[release+arch] = a
 	return maps.Clone(a), nil
 }
 
@@ -208,19 +227,30 @@ const (
 
 // arguments returns QEMU's command line.
 func (c *Config) arguments(img *image, kvm bool) ([]string, error) {
-	accel, machine, cmdline := "tcg", "q35", []string{"console=ttyS0", "quiet", "panic=-1", "tsc=reliable", "cryptomgr.notests",
+	accel, machine := "tcg", "q35"
+	cmdline := []string{"console=ttyS0", "quiet", "panic=-1", "tsc=reliable", "cryptomgr.notests",
 		// On a busy host an emulated timer may tick too late for the check.
 		"no_timer_check"}
+	iommu, kernelIOMMU := "intel-iommu,intremap=on,caching-mode=on", "intel_iommu=on"
+	cpu := "max"
+	if c.arch() == ARM64 {
+		machine = "virt,gic-version=3"
+		cmdline = []string{"console=ttyAMA0", "quiet", "panic=-1", "cryptomgr.notests"}
+		iommu, kernelIOMMU = "virtio-iommu-pci", ""
+		cpu = "max,pauth-impdef=on" // the architected algorithm is slow to emulate
+	}
 	if kvm {
 		accel = "kvm"
 	}
 	if !c.NoIOMMU {
-		machine += ",kernel-irqchip=split" // for interrupt remapping with KVM
-		cmdline = append(cmdline, "intel_iommu=on")
+		if c.arch() == AMD64 {
+			machine += ",kernel-irqchip=split" // for interrupt remapping with KVM
+		}
+		cmdline = append(cmdline, kernelIOMMU)
 	}
 	args := append(img.qemu[1:len(img.qemu):len(img.qemu)],
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-vga", "none",
-		"-name", c.name(), "-M", machine, "-accel", accel, "-cpu", "max",
+		"-name", c.name(), "-M", machine, "-accel", accel, "-cpu", cpu,
 		"-m", strconv.Itoa(img.memory)+"M", "-smp", strconv.Itoa(max(c.CPUs, 1)),
 		"-kernel", img.kernel, "-initrd", fmt.Sprintf("/proc/self/fd/%d", initrdFD),
 		"-append", strings.Join(append(cmdline, c.Append...), " "),
@@ -232,7 +262,7 @@ func (c *Config) arguments(img *image, kvm bool) ([]string, error) {
 	)
 	if !c.NoIOMMU {
 		// Before the devices it is to serve.
-		args = append(args, "-device", "intel-iommu,intremap=on,caching-mode=on")
+		args = append(args, "-device", iommu)
 	}
 	for i, d := range c.Devices {
 		socket, err := filepath.Abs(d.Socket)
@@ -263,7 +293,7 @@ func (c *Config) arguments(img *image, kvm bool) ([]string, error) {
 }
 
 // Fetch puts what a guest needs into the cache.
-func Fetch(ctx context.Context, cache *fetch.Cache, release string, packages []string) error {
+func Fetch(ctx context.Context, cache *fetch.Cache, release, arch string, packages []string) error {
 	if _, err := cache.QEMU(ctx, arch); err != nil {
 		return err
 	}

@@ -9,7 +9,6 @@ import (
 	"io/fs"
 	"maps"
 	"os"
-	"os/exec"
 	"path"
 	"path/filepath"
 	"slices"
@@ -132,15 +131,6 @@ func (a archive) system(busybox string, binaries map[string]string) error {
 	a.link("etc/mtab", "/proc/self/mounts")
 	if err := a.file("usr/bin/busybox", busybox); err != nil {
 		return err
-	}
-	list, err := exec.Command(busybox, "--list").Output()
-	if err != nil {
-		return fmt.Errorf("list the applets of busybox: %w", err)
-	}
-	for _, applet := range strings.Fields(string(list)) {
-		if applet != "busybox" {
-			a.link("usr/bin/"+applet, "busybox")
-		}
 	}
 	for name, file := range binaries {
 		to := "usr/bin/" + name

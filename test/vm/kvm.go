@@ -22,7 +22,7 @@ var kvmMutex sync.Mutex
 // fail in the middle of a kernel or be slower than emulation. The answer is
 // kept in the cache until the machine boots again.
 func kvmWorks(ctx context.Context, cacheDir string) bool {
-	if runtime.GOARCH != arch {
+	if runtime.GOARCH != AMD64 {
 		return false
 	}
 	device, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)

@@ -13,6 +13,7 @@ import (
 )
 
 var programs = map[string]func(ctx context.Context, args []string) (any, error){
+	"copies":  copies,
 	"oneshot": oneShot,
 }
 

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -73,6 +74,10 @@ func boot() error {
 	}
 	for name, target := range map[string]string{"fd": "fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2"} {
 		_ = os.Symlink("/proc/self/"+target, "/dev/"+name)
+	}
+	// It leaves programs of packages that have an applet's name alone.
+	if out, err := exec.Command("/usr/bin/busybox", "--install", "-s", "/usr/bin").CombinedOutput(); err != nil && len(out) == 0 {
+		return fmt.Errorf("install the applets of busybox: %w", err)
 	}
 	b, err := readBoot()
 	if err != nil {

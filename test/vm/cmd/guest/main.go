@@ -35,6 +35,7 @@ With more than one guest each line of output starts with "guest N: ".
                       same name (give the path of the program)
   --driver DRIVER     kernel driver to bind to the device, such as vfio-pci
   --kernel RELEASE    Debian release of kernel and packages (trixie, bookworm)
+  --arch ARCH         architecture of the guests: amd64 or arm64
   --root-port         put the device behind a PCI Express root port
   --no-device         boot without a link and a device
   --fetch             only fetch what guests need, into the cache
@@ -52,11 +53,11 @@ $IVSHMEM_MIRROR another mirror.
 `
 
 type options struct {
-	guests                         int
-	link, packages, driver, kernel string
-	rootPort, noDevice             bool
-	fetch, console                 bool
-	command                        []string
+	guests                               int
+	link, packages, driver, kernel, arch string
+	rootPort, noDevice                   bool
+	fetch, console                       bool
+	command                              []string
 }
 
 func main() {
@@ -69,6 +70,7 @@ func main() {
 	flags.StringVar(&o.packages, "with", "", "")
 	flags.StringVar(&o.driver, "driver", "", "")
 	flags.StringVar(&o.kernel, "kernel", fetch.Trixie, "")
+	flags.StringVar(&o.arch, "arch", vm.AMD64, "")
 	flags.BoolVar(&o.rootPort, "root-port", false, "")
 	flags.BoolVar(&o.noDevice, "no-device", false, "")
 	flags.BoolVar(&o.fetch, "fetch", false, "")
@@ -124,10 +126,10 @@ func run(ctx context.Context, o options) (int, error) {
 	}
 	packages := strings.FieldsFunc(o.packages, func(r rune) bool { return r == ',' || r == ' ' })
 	if o.fetch {
-		return status(vm.Fetch(ctx, cache, o.kernel, packages))
+		return status(vm.Fetch(ctx, cache, o.kernel, o.arch, packages))
 	}
 	config := vm.Config{
-		Driver: o.driver, Kernel: o.kernel, Packages: packages, Progress: progress,
+		Driver: o.driver, Kernel: o.kernel, Arch: o.arch, Packages: packages, Progress: progress,
 	}
 	if !o.noDevice {
 		// Later options win, so --link can have another number of peers.
