@@ -18,7 +18,7 @@ import (
 
 // Tags of the set's descriptors that are no vectors.
 const (
-	tagKick   = -1
+	tagKick = -1
 	tagGone = -2
 )
 

@@ -102,8 +102,9 @@ func (p *program) app() *cli.App {
 		OnUsageError:   onUsageError,
 		Action:         unknownCommand,
 		Commands: []*cli.Command{
-			p.listCommand(), p.infoCommand(), p.stateCommand(), p.ringCommand(), p.waitCommand(),
+			p.listCommand(), p.infoCommand(), p.doctorCommand(), p.stateCommand(), p.ringCommand(), p.waitCommand(),
 			p.readCommand(), p.writeCommand(), p.serveCommand(),
+			p.bindCommand(), p.unbindCommand(), p.udevCommand(),
 		},
 	}
 }
