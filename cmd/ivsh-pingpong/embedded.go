@@ -53,7 +53,7 @@ func (s *settings) peers(ctx context.Context, socket string) error {
 	for i := range 2 {
 		cmd := exec.CommandContext(ctx, "/proc/self/exe", append([]string{"--device", socket}, os.Args[1:]...)...)
 		cmd.Args[0] = os.Args[0]
-		cmd.Env = append(os.Environ(), quietPong+"=1")
+		cmd.Env = append(os.Environ(), embeddedPeer+"=1")
 		cmd.Stdout, cmd.Stderr = s.out, s.err
 		cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
 		cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGTERM) }

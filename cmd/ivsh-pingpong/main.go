@@ -28,7 +28,8 @@ import (
 const description = `Without --device, and on a machine without an ivshmem device, it starts a link
 and two peer processes on this machine. With a device (a PCI address, the path
 of a link's socket, or the machine's only one) it plays with the other peer of
-the link; the peer with the lower ID measures and decides how many messages.
+the link; the peer with the lower ID leads and decides how many messages, and
+both print what they measured.
 
 Latencies are round trips. An error is a message that was lost, or not what
 was due; it ends the run. Exit codes: 0 all messages came back, 1 otherwise,
@@ -177,6 +178,7 @@ func (s *settings) play(ctx context.Context) error {
 	for phase, mode := range s.modes {
 		res, err := pingpong.Run(ctx, dev, peer, pingpong.Config{
 			Mode: mode, Messages: s.count, Warmup: s.warmup, Phase: uint32(phase), Silence: s.silence,
+			Blind: os.Getenv(embeddedPeer) != "",
 		})
 		if res != nil {
 			if rerr := report.add(res); rerr != nil {

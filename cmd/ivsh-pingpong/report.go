@@ -10,9 +10,9 @@ import (
 	"github.com/ivshmem-go/ivshmem/internal/pingpong"
 )
 
-// quietPong is set for the processes that the embedded run starts: their
-// outputs are one, and only the measuring one has something to say.
-const quietPong = "IVSH_PINGPONG_EMBEDDED"
+// embeddedPeer is set for the processes that the embedded run starts: their
+// outputs are one, so only the leading one measures and prints.
+const embeddedPeer = "IVSH_PINGPONG_EMBEDDED"
 
 // report prints results as they come: a table, or an object per line.
 type report struct {
@@ -24,7 +24,7 @@ type report struct {
 }
 
 func newReport(out io.Writer, json bool) *report {
-	return &report{out: out, json: json, quiet: os.Getenv(quietPong) != ""}
+	return &report{out: out, json: json, quiet: os.Getenv(embeddedPeer) != ""}
 }
 
 // title is printed in front of the table.
@@ -70,7 +70,7 @@ func (r *report) add(res *pingpong.Result) error {
 	}
 	fmt.Fprintf(r.out, "%-10s %9d %7d", res.Mode, res.Messages, res.Errors)
 	if d == nil {
-		_, err := fmt.Fprintln(r.out, "   (answered; the peer with the lower ID measures)")
+		_, err := fmt.Fprintln(r.out, "   (no round trip was counted)")
 		return err
 	}
 	for _, v := range []int64{d.Min, d.P50, d.P90, d.P99, d.P999, d.Max} {

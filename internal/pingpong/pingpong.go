@@ -46,9 +46,12 @@ func ParseMode(s string) (Mode, error) {
 // Config of a run. Both peers need the same Mode.
 type Config struct {
 	Mode Mode
-	// Messages is the number of round trips that count, Warmup the number of
-	// those before that do not. The pinger's numbers hold for both peers.
+	// Messages is the number of round trips that count: the pinger's number
+	// holds for both peers. Warmup is the number of those before that do not.
 	Messages, Warmup uint64
+	// Blind keeps the peer that answers from measuring: reading the clock
+	// would be part of the other's round trips.
+	Blind bool
 	// Phase numbers the runs of one pair of handles, from 0.
 	Phase uint32
 	// Silence is how long the peer may say nothing before the run fails.
@@ -58,11 +61,13 @@ type Config struct {
 // Result of a run.
 type Result struct {
 	Mode     Mode
-	Role     string // "ping" measured, "pong" answered
+	Role     string // "ping" leads, "pong" answers
 	Messages uint64 // round trips that were counted
 	Errors   uint64
 	Elapsed  time.Duration
-	RTT      *hdrhistogram.Histogram // nanoseconds; nil for pong
+	// RTT is the round trips in nanoseconds: from a message to the peer's
+	// next. nil for pong if it is blind.
+	RTT *hdrhistogram.Histogram
 	// Rung is the interrupts seen, by vector, in mode interrupt.
 	Rung map[int]uint64
 }
@@ -134,9 +139,11 @@ func Run(parent context.Context, dev *ivshmem.Device, peer uint32, c Config) (*R
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	res := &Result{Mode: c.Mode, Role: "pong"}
+	if r.pinger || !c.Blind {
+		res.RTT = hdrhistogram.New(1, int64(time.Minute), 3)
+	}
 	if r.pinger {
 		res.Role = "ping"
-		res.RTT = hdrhistogram.New(1, int64(time.Minute), 3)
 		err = r.ping(ctx, res)
 	} else {
 		err = r.pong(ctx, res)
@@ -220,27 +227,18 @@ func (r *run) linger(ctx context.Context) {
 
 func (r *run) ping(ctx context.Context, res *Result) error {
 	total := r.Warmup + r.Messages
-	var start time.Time
 	for seq := uint64(1); seq <= total; seq++ {
-		if seq == r.Warmup+1 {
-			start = time.Now()
-		}
-		t := time.Now()
+		sent := time.Now()
 		if err := r.send(seq); err != nil {
 			return err
 		}
 		if err := r.receive(ctx, seq); err != nil {
 			return err
 		}
-		if seq <= r.Warmup {
-			continue
-		}
-		if err := res.RTT.RecordValue(max(1, int64(time.Since(t)))); err != nil {
+		if err := r.record(res, seq, sent); err != nil {
 			return err
 		}
-		res.Messages++
 	}
-	res.Elapsed = time.Since(start)
 	if err := r.lanes.send(endOfRun, false); err != nil {
 		return err
 	}
@@ -251,6 +249,7 @@ func (r *run) ping(ctx context.Context, res *Result) error {
 }
 
 func (r *run) pong(ctx context.Context, res *Result) error {
+	var sent time.Time
 	for seq := uint64(1); ; seq++ {
 		switch err := r.receive(ctx, seq); {
 		case errors.Is(err, errEnd):
@@ -258,11 +257,31 @@ func (r *run) pong(ctx context.Context, res *Result) error {
 		case err != nil:
 			return err
 		}
+		if res.RTT == nil {
+			res.Messages++
+		} else if seq > 1 { // nothing was sent before the first
+			if err := r.record(res, seq, sent); err != nil {
+				return err
+			}
+		}
+		if res.RTT != nil {
+			sent = time.Now()
+		}
 		if err := r.send(seq); err != nil {
 			return err
 		}
-		res.Messages++
 	}
+}
+
+// record counts the round trip that ended with the message seq.
+func (r *run) record(res *Result, seq uint64, sent time.Time) error {
+	if seq <= r.Warmup {
+		return nil
+	}
+	rtt := time.Since(sent)
+	res.Messages++
+	res.Elapsed += rtt
+	return res.RTT.RecordValue(max(1, int64(rtt)))
 }
 
 func (r *run) send(seq uint64) error {
