@@ -29,14 +29,32 @@ func Discover() ([]Found, error) {
 	devices, err := sysfs.Root.Devices()
 	found := make([]Found, 0, len(devices))
 	for _, d := range devices {
-		p, perr := regs.ProtocolOf(d.Class)
-		if perr != nil {
-			err = errors.Join(err, &DeviceError{Device: d.Addr, Op: "read class", Err: perr})
+		f, ferr := foundOf(d)
+		if ferr != nil {
+			err = errors.Join(err, ferr)
 			continue
 		}
-		found = append(found, Found{Address: d.Addr, Protocol: p, Driver: d.Driver})
+		found = append(found, f)
 	}
 	return found, err
+}
+
+func foundOf(d *sysfs.Device) (Found, error) {
+	p, err := regs.ProtocolOf(d.Class)
+	if err != nil {
+		return Found{}, &DeviceError{Device: d.Addr, Op: "read class", Err: err}
+	}
+	return Found{Address: d.Addr, Protocol: p, Driver: d.Driver}, nil
+}
+
+// Find finds a PCI device without opening it. Addresses are those of [Open],
+// sockets excepted. It needs no privileges.
+func Find(address string) (Found, error) {
+	d, err := find(address)
+	if err != nil {
+		return Found{}, err
+	}
+	return foundOf(d)
 }
 
 // Open opens a device: by PCI address ("0000:00:04.0", "00:04.0"), as UIO device

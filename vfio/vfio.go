@@ -55,7 +55,7 @@ func Open(address string) (*Backend, error) {
 		if !errors.As(err, &e) {
 			e = &fault.DeviceError{Device: address, Op: "open through vfio-pci", Err: err}
 			if errors.Is(err, os.ErrPermission) {
-				e.Remedy = "run as root, or with access rights to /dev/vfio"
+				e.Remedy = "run as root, or get access rights by the rules that `ivshctl udev` prints"
 			}
 			err = e
 		}
@@ -72,7 +72,7 @@ func (b *Backend) open() error {
 	if dev.Driver != Driver {
 		return &fault.DeviceError{Device: b.address, Op: "open through vfio-pci",
 			Err:    fmt.Errorf("expected driver %s, found %q", Driver, dev.Driver),
-			Remedy: "write vfio-pci to its driver_override in sysfs, unbind it, and write its address to drivers_probe"}
+			Remedy: "run `ivshctl bind`"}
 	}
 	if err := b.openDevice(dev.IOMMUGroup); err != nil {
 		return err
@@ -99,7 +99,7 @@ func (b *Backend) open() error {
 		return err
 	}
 	if r.size == 0 {
-		return fmt.Errorf("%w: the device has no BAR2, its shared memory can be reached through uio_ivshmem only", fault.ErrNotSupported)
+		return fmt.Errorf("%w: the device has no BAR2, its shared memory can be reached through uio_ivshmem only: run `ivshctl bind --driver uio_ivshmem`", fault.ErrNotSupported)
 	}
 	if r.flags&regionFlagMmap == 0 {
 		return fmt.Errorf("%w: the kernel does not let BAR2 be mapped", fault.ErrNotSupported)

@@ -57,7 +57,7 @@ var rules = map[string]rule{
 
 	"internal/pingpong": {own: []string{"", "shmem"}, others: []string{unix, "github.com/HdrHistogram/hdrhistogram-go"},
 		why: "a protocol never knows what carries it"},
-	"cmd/ivshctl": {own: []string{"", "regs", "shmem", "link", "link/pcidev"}, others: []string{unix, "github.com/urfave/cli/v2"},
+	"cmd/ivshctl": {own: []string{"", "regs", "shmem", "link", "link/pcidev", "internal/sysfs"}, others: []string{unix, "github.com/urfave/cli/v2"},
 		why: "commands parse, call and print"},
 	"cmd/ivsh-pingpong": {own: []string{"", "regs", "link", "link/pcidev", "internal/pingpong"}, others: []string{unix, "github.com/urfave/cli/v2"},
 		why: "commands parse, call and print"},

@@ -40,7 +40,7 @@ func (c *Carrier) open() error {
 	fail := func(op string, err error) error {
 		e := &fault.DeviceError{Device: c.dev.Addr, Op: op, Err: err}
 		if errors.Is(err, os.ErrPermission) {
-			e.Remedy = "run as root"
+			e.Remedy = "run as root, or `ivshctl bind` it and give users access by the rules that `ivshctl udev` prints"
 		}
 		return e
 	}
@@ -76,7 +76,7 @@ func (c *Carrier) open() error {
 	if !ok {
 		return &fault.DeviceError{Device: c.dev.Addr, Op: "map shared memory",
 			Err:    fmt.Errorf("%w: the device has no BAR2, its shared memory can be reached through a kernel driver only", fault.ErrNotSupported),
-			Remedy: "bind it to uio_ivshmem"}
+			Remedy: "run `ivshctl bind --driver uio_ivshmem`"}
 	}
 	if err := layout.CheckRegion(size); err != nil {
 		return fail("map shared memory", err)

@@ -197,6 +197,11 @@ func (o Owner) String() string {
 	return fmt.Sprintf("process %d (%s)", o.PID, o.Command)
 }
 
+func newOwner(pid int) Owner {
+	comm, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
+	return Owner{PID: pid, Command: strings.TrimSpace(string(comm))}
+}
+
 // Owner finds out which process owns the device; it is not ok if none does.
 func (d *Device) Owner() (o Owner, ok bool) {
 	var st unix.Stat_t
@@ -214,8 +219,7 @@ func (d *Device) Owner() (o Owner, ok bool) {
 		f := strings.Fields(s.Text())
 		if len(f) >= 6 && f[1] == "FLOCK" && f[5] == file {
 			pid, _ := strconv.Atoi(f[4])
-			comm, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
-			return Owner{PID: pid, Command: strings.TrimSpace(string(comm))}, true
+			return newOwner(pid), true
 		}
 	}
 	return Owner{}, false
