@@ -1,6 +1,7 @@
 package ivshmem
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -55,6 +56,17 @@ func Find(address string) (Found, error) {
 		return Found{}, err
 	}
 	return foundOf(d)
+}
+
+// Event is something that happened to a device of this machine: it appeared
+// ("add") or disappeared ("remove"), a driver was bound or unbound.
+type Event = sysfs.Event
+
+// Watch reports events of the devices on this machine's PCI bus until the
+// context ends, or report returns an error. Ready is called once, when no
+// event that comes from then on can be missed: the place to call [Discover].
+func Watch(ctx context.Context, ready func() error, report func(Event) error) error {
+	return sysfs.Watch(ctx, ready, report)
 }
 
 // Open opens a device: by PCI address ("0000:00:04.0", "00:04.0"), as UIO device

@@ -15,37 +15,55 @@ func (p *program) listCommand() *cli.Command {
 	return command(0, &cli.Command{
 		Name:  "list",
 		Usage: "list the devices on this machine's PCI bus",
-		Description: `Needs no privileges.
+		Description: `Needs no privileges. With --watch it goes on and prints a line for each
+device that appears or disappears, and each driver that is bound or unbound.
 
-Example: ivshctl list`,
-		Flags: []cli.Flag{jsonFlag},
+Example: ivshctl list --watch`,
+		Flags: []cli.Flag{jsonFlag,
+			&cli.BoolFlag{Name: "watch", Usage: "follow what happens"}},
 		Action: func(c *cli.Context) error {
-			found, err := ivshmem.Discover()
-			if c.Bool("json") {
-				type entry struct {
-					Address      string `json:"address"`
-					Protocol     uint16 `json:"protocol"`
-					ProtocolName string `json:"protocol_name"`
-					Driver       string `json:"driver"`
-				}
-				list := make([]entry, 0, len(found))
-				for _, f := range found {
-					list = append(list, entry{f.Address, uint16(f.Protocol), f.Protocol.String(), f.Driver})
-				}
-				return errors.Join(p.printJSON(list), err)
+			if c.Bool("watch") {
+				list := func() error { return p.list(c.Bool("json")) }
+				return interrupted(ivshmem.Watch(c.Context, list, func(e ivshmem.Event) error { return p.printEvent(c.Bool("json"), e) }))
 			}
-			if len(found) == 0 && err == nil {
-				fmt.Fprintln(p.err, "no ivshmem v2 device (110a:4106) on this machine's PCI bus")
-				return nil
-			}
-			w := tabwriter.NewWriter(p.out, 0, 0, 2, ' ', 0)
-			fmt.Fprintln(w, "ADDRESS\tPROTOCOL\tDRIVER")
-			for _, f := range found {
-				fmt.Fprintf(w, "%s\t%04Xh %v\t%s\n", f.Address, uint16(f.Protocol), f.Protocol, orNone(f.Driver))
-			}
-			return errors.Join(w.Flush(), err)
+			return p.list(c.Bool("json"))
 		},
 	})
+}
+
+func (p *program) printEvent(asJSON bool, e ivshmem.Event) error {
+	if asJSON {
+		return json.NewEncoder(p.out).Encode(e)
+	}
+	_, err := fmt.Fprintf(p.out, "%s %s %s\n", e.Address, e.Action, e.Driver)
+	return err
+}
+
+func (p *program) list(asJSON bool) error {
+	found, err := ivshmem.Discover()
+	if asJSON {
+		type entry struct {
+			Address      string `json:"address"`
+			Protocol     uint16 `json:"protocol"`
+			ProtocolName string `json:"protocol_name"`
+			Driver       string `json:"driver"`
+		}
+		list := make([]entry, 0, len(found))
+		for _, f := range found {
+			list = append(list, entry{f.Address, uint16(f.Protocol), f.Protocol.String(), f.Driver})
+		}
+		return errors.Join(p.printJSON(list), err)
+	}
+	if len(found) == 0 && err == nil {
+		fmt.Fprintln(p.err, "no ivshmem v2 device (110a:4106) on this machine's PCI bus")
+		return nil
+	}
+	w := tabwriter.NewWriter(p.out, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "ADDRESS\tPROTOCOL\tDRIVER")
+	for _, f := range found {
+		fmt.Fprintf(w, "%s\t%04Xh %v\t%s\n", f.Address, uint16(f.Protocol), f.Protocol, orNone(f.Driver))
+	}
+	return errors.Join(w.Flush(), err)
 }
 
 func orNone(s string) string {

@@ -1,6 +1,7 @@
 package suite
 
 import (
+	"strings"
 	"testing"
 
 	"github.com/ivshmem-go/ivshmem/test/vm"
@@ -18,6 +19,10 @@ func TestRemoval(t *testing.T) {
 		run(t, g, 0, "sh", "-c", "until ivshctl info --json | grep -q '\"command\": \"ivshctl\"'; do :; done")
 		return w
 	}
+	watch := start(t, g, "ivshctl", "list", "--watch")
+	for range 2 { // the heading, and the device
+		watch.line()
+	}
 	t.Run("driver unbound", func(t *testing.T) {
 		w := waiting()
 		run(t, g, 0, "sh", "-c", "echo "+address+" >/sys/bus/pci/drivers/vfio-pci/unbind")
@@ -32,5 +37,19 @@ func TestRemoval(t *testing.T) {
 		run(t, g, 3, "ivshctl", "info")
 		run(t, g, 0, "sh", "-c", "echo 1 >/sys/bus/pci/rescan; cat /sys/bus/pci/devices/"+address+"/vendor")
 		run(t, g, 0, "ivshctl", "info")
+	})
+	t.Run("watched", func(t *testing.T) {
+		for _, want := range []string{
+			address + " unbind vfio-pci", address + " bind vfio-pci", address + " unbind vfio-pci", address + " remove ", address + " add ",
+		} {
+			// The kernel names the driver of an unbind only in newer versions.
+			if got := watch.line(); got != want && got != strings.TrimSuffix(want, "vfio-pci") {
+				t.Errorf("got %q, want %q", got, want)
+			}
+		}
+		if err := watch.Signal(15); err != nil {
+			t.Fatal(err)
+		}
+		watch.end(0)
 	})
 }
