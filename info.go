@@ -82,8 +82,15 @@ func Inspect(address string) (*Info, error) {
 		i.miss("capabilities", err)
 		return i, nil
 	}
-	i.config(config)
 	d, err := openPCI(dev, []Option{AsObserver()})
+	if err == nil {
+		defer d.Close()
+		// vfio-pci shows ordinary users all of it, sysfs the first 64 bytes.
+		if all, err := d.back.Config(); err == nil && len(all) > len(config) {
+			config = all
+		}
+	}
+	i.config(config)
 	if err != nil {
 		var e *DeviceError
 		if errors.As(err, &e) && e.Device == dev.Addr { // the reader knows which device
@@ -92,7 +99,6 @@ func Inspect(address string) (*Info, error) {
 		i.miss("registers, states, exact offsets", err)
 		return i, nil
 	}
-	defer d.Close()
 	i.device(d)
 	return i, nil
 }

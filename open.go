@@ -143,7 +143,7 @@ func openPCI(dev *sysfs.Device, opts []Option) (*Device, error) {
 	case uio.Carries(dev):
 		b, err = openUIO(dev, o.observer)
 	case uio.IsIGB(dev) && !o.observer:
-		b, err = uio.OpenIGB(dev)
+		b, err = uio.OpenIGB(dev.Addr)
 	default:
 		b, err = dev.Open()
 	}
@@ -162,7 +162,7 @@ func openUIO(dev *sysfs.Device, observer bool) (Backend, error) {
 			Err:    fmt.Errorf("%w: %v owns the device, and opening its UIO file besides would set its State to 0", ErrBusy, o),
 			Remedy: "ask that process"}
 	}
-	return uio.Open(dev)
+	return uio.Open(dev.Addr)
 }
 
 // openVFIO opens a device through vfio-pci. The kernel lets one process have

@@ -22,9 +22,13 @@ type IGB struct {
 	close sync.Once
 }
 
-// OpenIGB opens a device that is bound to igb_uio. MSI-X is on as long as it
-// is open.
-func OpenIGB(dev *sysfs.Device) (*IGB, error) {
+// OpenIGB opens the device with a full PCI address. It has to be bound to
+// igb_uio, which has MSI-X on as long as the device is open.
+func OpenIGB(address string) (*IGB, error) {
+	dev, err := sysfs.Root.Device(address)
+	if err != nil {
+		return nil, err
+	}
 	fail := func(err error) (*IGB, error) {
 		return nil, &fault.DeviceError{Device: dev.Addr, Op: "open through igb_uio", Err: err}
 	}

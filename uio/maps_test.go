@@ -97,7 +97,7 @@ func TestCarries(t *testing.T) {
 // device.
 func TestVersion1(t *testing.T) {
 	dev := &sysfs.Device{PCI: &pci.PCI{Addr: "0000:00:0e.0", FullPath: fakeNode(t, "uio_ivshmem", "ivshmem-mmr 0x1000", "ivshmem-shmem 0x100000")}, Driver: "uio_ivshmem"}
-	_, err := Open(dev)
+	_, err := open(dev)
 	if !errors.Is(err, fault.ErrNotSupported) || !strings.Contains(err.Error(), "first version") {
 		t.Errorf("got %v", err)
 	}

@@ -51,9 +51,18 @@ func Carries(dev *sysfs.Device) bool {
 	return sections || old
 }
 
-// Open opens a device that is bound to a UIO driver. The file in /dev is opened
-// once; whoever opens it besides, and closes it again, sets State 0.
-func Open(dev *sysfs.Device) (*Backend, error) {
+// Open opens the device with a full PCI address. It has to be bound to
+// uio_ivshmem. The file in /dev is opened once; whoever opens it besides, and
+// closes it again, sets State 0.
+func Open(address string) (*Backend, error) {
+	dev, err := sysfs.Root.Device(address)
+	if err != nil {
+		return nil, err
+	}
+	return open(dev)
+}
+
+func open(dev *sysfs.Device) (*Backend, error) {
 	b := &Backend{dev: dev, fd: -1}
 	if err := b.open(); err != nil {
 		b.Close()

@@ -35,6 +35,7 @@ func newKernel(t *testing.T, drivers ...string) *kernel {
 	f.write("bus/pci/drivers_probe", "")
 	f.write("kernel/iommu_groups/5/type", "DMA")
 	f.link(k.dir+"/iommu_group", "../../../kernel/iommu_groups/5")
+	f.write("class/iommu/dmar0", "")
 	f.write("module/vfio_iommu_type1/refcnt", "0")
 	for _, d := range drivers {
 		f.write("bus/pci/drivers/"+d+"/unbind", "")
@@ -168,15 +169,25 @@ func TestBindRecordIsStale(t *testing.T) {
 	k.unbind("uio_pci_generic")
 }
 
+// noGroup takes the IOMMU group from the device.
+func noGroup(k *kernel) {
+	if err := os.Remove(filepath.Join(k.root, k.dir, "iommu_group")); err != nil {
+		k.Fatal(err)
+	}
+}
+
+// noIOMMU takes the IOMMU from the machine.
+func noIOMMU(k *kernel) {
+	noGroup(k)
+	if err := os.Remove(filepath.Join(k.root, "class/iommu/dmar0")); err != nil {
+		k.Fatal(err)
+	}
+}
+
 // Whatever goes wrong is said, and leaves the device as it was.
 func TestBindFails(t *testing.T) {
 	virtioIOMMU := func(k *kernel) {
 		k.foreign("0000:00:01.0", map[string]string{"vendor": "0x1af4\n", "device": "0x1057\n"})
-	}
-	noGroup := func(k *kernel) {
-		if err := os.Remove(filepath.Join(k.root, k.dir, "iommu_group")); err != nil {
-			k.Fatal(err)
-		}
 	}
 	for name, c := range map[string]struct {
 		driver  string
@@ -190,8 +201,12 @@ func TestBindFails(t *testing.T) {
 		"deferred":       {"vfio-pci", func(k *kernel) { k.probe["vfio-pci"] = errDeferred }, unix.EINVAL, []string{"put the probe off", "load that driver"}},
 		"deferred by virtio-iommu": {"vfio-pci", func(k *kernel) { virtioIOMMU(k); k.probe["vfio-pci"] = errDeferred }, unix.EINVAL,
 			[]string{"put the probe off", "modprobe virtio-iommu"}},
-		"no IOMMU":           {"vfio-pci", noGroup, fault.ErrNotSupported, []string{"expects an IOMMU group", "intel_iommu=on"}},
-		"virtio-iommu idle":  {"vfio-pci", func(k *kernel) { noGroup(k); virtioIOMMU(k) }, fault.ErrNotSupported, []string{"expected an IOMMU group", "modprobe virtio-iommu"}},
+		"no IOMMU":          {"vfio-pci", noIOMMU, fault.ErrNotSupported, []string{"expects an IOMMU group", "intel_iommu=on"}},
+		"virtio-iommu idle": {"vfio-pci", func(k *kernel) { noIOMMU(k); virtioIOMMU(k) }, fault.ErrNotSupported, []string{"expects an IOMMU group", "modprobe virtio-iommu"}},
+		"IOMMU for others": {"vfio-pci", func(k *kernel) { noGroup(k); k.probe["vfio-pci"] = errors.New("no group") }, fault.ErrNotSupported,
+			[]string{"expects an IOMMU group"}},
+		"virtio-iommu serves others": {"vfio-pci", func(k *kernel) { noIOMMU(k); virtioIOMMU(k); k.write("bus/virtio/drivers/virtio_iommu/bind", "") },
+			fault.ErrNotSupported, []string{"expects an IOMMU group", "intel_iommu=on"}},
 		"bad name":           {"../vfio-pci", func(*kernel) {}, nil, []string{"expected the name of a kernel driver"}},
 		"shell":              {"x;reboot", func(*kernel) {}, nil, []string{"expected the name of a kernel driver"}},
 		"no driver_override": {"vfio-pci", func(k *kernel) { os.Remove(filepath.Join(k.root, k.dir, "driver_override")) }, os.ErrNotExist, []string{"driver_override"}},
@@ -261,7 +276,7 @@ func TestBindUndo(t *testing.T) {
 	// A rule that cannot be written: nothing is half done.
 	k = newKernel(t, "vfio-pci", "uio_pci_generic")
 	k.link(k.dir+"/driver", "../../../bus/pci/drivers/uio_pci_generic")
-	k.tree.write("rules.d", "a file, not a folder")
+	k.write("rules.d", "a file, not a folder")
 	if c, err = k.b.Bind(k.device(), "vfio-pci", false, true); err != nil {
 		t.Fatal(err)
 	}
@@ -274,10 +289,15 @@ func TestBindUndo(t *testing.T) {
 // vfio-pci without IOMMU is possible where the user has switched that on.
 func TestBindNoIOMMUMode(t *testing.T) {
 	k := newKernel(t, "vfio-pci")
-	if err := os.Remove(filepath.Join(k.root, k.dir, "iommu_group")); err != nil {
-		t.Fatal(err)
-	}
+	noIOMMU(k)
 	k.write("module/vfio/parameters/enable_unsafe_noiommu_mode", "Y\n")
+	k.bind("vfio-pci")
+}
+
+// On arm64 a device gets its group with its first driver.
+func TestBindGroupComesLate(t *testing.T) {
+	k := newKernel(t, "vfio-pci")
+	noGroup(k)
 	k.bind("vfio-pci")
 }
 
@@ -456,5 +476,56 @@ func TestGroupRules(t *testing.T) {
 	rules, err := sysfs.GroupRules("users")
 	if err != nil || strings.Count(rules, `GROUP="users", MODE="0660"`) != 2 || !strings.Contains(rules, "PCI_ID=110A:4106") {
 		t.Errorf("%q, %v", rules, err)
+	}
+}
+
+// modprobe puts a command of that name into PATH, which runs a script in the
+// root of the tree.
+func (k *kernel) modprobe(t *testing.T, script string) {
+	dir := t.TempDir()
+	text := "#!/bin/sh\nPATH=/usr/bin:/bin\ncd " + k.root + "\necho $1 >>modprobe.log\n" + script + "\n"
+	if err := os.WriteFile(filepath.Join(dir, "modprobe"), []byte(text), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", dir)
+}
+
+func TestBindLoadsModule(t *testing.T) {
+	k := newKernel(t)
+	if err := os.RemoveAll(filepath.Join(k.root, "module/vfio_iommu_type1")); err != nil {
+		t.Fatal(err)
+	}
+	// The second module is missing: that is for who opens the device to say.
+	k.modprobe(t, "[ $1 = vfio-pci ] && mkdir -p bus/pci/drivers/$1 && : >bus/pci/drivers/$1/unbind")
+	k.bind("vfio-pci")
+	if got := k.read("modprobe.log"); got != "vfio-pci\nvfio_iommu_type1\n" {
+		t.Errorf("modules: %q", got)
+	}
+	k.unbind("")
+
+	// What only shows once the module is there leaves the device untouched.
+	for say, prepare := range map[string]func(){
+		"no PCI driver has that name": func() { k.modprobe(t, "true") },
+		"expects an IOMMU group": func() {
+			k.modprobe(t, "mkdir -p bus/pci/drivers/$1")
+			noIOMMU(k)
+		},
+		"modprobe vfio-pci: exit status 3: from modprobe": func() { k.modprobe(t, "echo from modprobe >&2; exit 3") },
+	} {
+		if err := os.RemoveAll(filepath.Join(k.root, "bus/pci/drivers/vfio-pci")); err != nil {
+			t.Fatal(err)
+		}
+		prepare()
+		k.log = nil
+		c, err := k.b.Bind(k.device(), "vfio-pci", false, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Do(); err == nil || !strings.Contains(err.Error(), say) {
+			t.Errorf("%v, want %q", err, say)
+		}
+		if len(k.log) > 0 {
+			t.Errorf("%s: writes %q", say, k.log)
+		}
 	}
 }

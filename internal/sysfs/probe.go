@@ -39,17 +39,27 @@ func (c *Change) ready() error {
 	if c.Driver != vfioPCI || linkName(c.Device.FullPath, "iommu_group") != "" {
 		return nil
 	}
+	// Where there is an IOMMU the device may get its group with its first
+	// driver (arm64); where there is none the probe need not be tried.
+	iommus, _ := os.ReadDir(filepath.Join(string(c.b.FS), "class/iommu"))
 	mode, _ := os.ReadFile(filepath.Join(string(c.b.FS), "module/vfio/parameters/enable_unsafe_noiommu_mode"))
-	if strings.TrimSpace(string(mode)) == "Y" {
+	if len(iommus) > 0 || strings.TrimSpace(string(mode)) == "Y" {
 		return nil
 	}
-	if c.b.virtioIOMMU() {
-		return &fault.Reason{Err: fmt.Errorf("%w: expected an IOMMU group, found none: the driver of this machine's virtio-iommu is not loaded", fault.ErrNotSupported), Remedy: "`modprobe virtio-iommu` first"}
-	}
-	return &fault.Reason{
+	return c.b.noGroup()
+}
+
+// noGroup is the error for a device that vfio-pci cannot have.
+func (b *Binder) noGroup() error {
+	r := &fault.Reason{
 		Err:    fmt.Errorf("%w: %s expects an IOMMU group, found none: this machine has no IOMMU, or it is off", fault.ErrNotSupported, vfioPCI),
 		Remedy: "switch the IOMMU on (firmware set-up, intel_iommu=on; in QEMU a device intel-iommu or virtio-iommu-pci in front of this one), or use the device without driver, polling",
 	}
+	if b.virtioIOMMU() {
+		r.Err = fmt.Errorf("%w: %s expects an IOMMU group, found none: the driver of this machine's virtio-iommu is not loaded", fault.ErrNotSupported, vfioPCI)
+		r.Remedy = "`modprobe virtio-iommu` first"
+	}
+	return r
 }
 
 // virtioIOMMU reports whether the machine has an IOMMU that waits for its
@@ -80,6 +90,8 @@ func (c *Change) probed(err error) error {
 		return &fault.Reason{Err: fmt.Errorf("the kernel put the probe off (%w): something that the device needs, as a rule its IOMMU, has no driver yet", err), Remedy: remedy}
 	case err != nil:
 		return err
+	case c.Driver == vfioPCI && now == "" && linkName(c.Device.FullPath, "iommu_group") == "":
+		return c.b.noGroup()
 	case now != "":
 		return fmt.Errorf("expected the device at driver %s, found it at %s: somebody else is binding it", c.Driver, now)
 	}

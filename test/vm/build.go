@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+
+	"github.com/ivshmem-go/ivshmem/test/vm/fetch"
 )
 
 const modulePath = "github.com/ivshmem-go/ivshmem"
@@ -81,4 +83,18 @@ func Binaries(ctx context.Context, cacheDir, arch string) (map[string]string, er
 		}
 	}
 	return out, nil
+}
+
+// OwnModule is the name of the project's kernel module, and of its driver.
+const OwnModule = "uio_ivshmem"
+
+// BuildModule builds the project's kernel module for the kernel of a release,
+// if it has not been built yet, and returns the path of the .ko file. A
+// warning is an error.
+func BuildModule(ctx context.Context, cache *fetch.Cache, release, arch string) (string, error) {
+	root, err := sourceRoot()
+	if err != nil {
+		return "", err
+	}
+	return cache.Module(ctx, release, arch, filepath.Join(root, "kmod"), "W=1", "KCFLAGS=-Werror")
 }

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -27,7 +28,7 @@ type Config struct {
 	// listen before the guest starts.
 	Devices []Device
 	// Driver is the kernel driver that init binds to every ivshmem device
-	// ("vfio-pci", "uio_pci_generic"); "" leaves them unbound.
+	// ("vfio-pci", "uio_pci_generic", or OwnModule); "" leaves them unbound.
 	Driver string
 	// NoIOMMU leaves out the virtual IOMMU, without which vfio-pci cannot
 	// be used.
@@ -44,7 +45,7 @@ type Config struct {
 	// Append is added to the kernel's command line.
 	Append []string
 	// Modules are kernel modules that init loads, with those they depend
-	// on, besides the VFIO and UIO drivers for PCI.
+	// on, besides the VFIO and UIO drivers for PCI. OwnModule is built.
 	Modules []string
 	// Files are copied into the guest: path in the guest to path on the
 	// host, with the permission bits they have there.
@@ -86,6 +87,9 @@ func (c *Config) modules() []string {
 	m := []string{"virtio_pci", "virtio_console", "vfio_iommu_type1", "vfio-pci", "uio_pci_generic"}
 	if c.arch() == ARM64 && !c.NoIOMMU {
 		m = append([]string{"virtio-iommu"}, m...)
+	}
+	if c.Driver == OwnModule {
+		m = append(m, OwnModule)
 	}
 	return append(m, c.Modules...)
 }
@@ -132,7 +136,13 @@ func (c *Config) prepare(ctx context.Context) (*image, error) {
 			return nil, err
 		}
 	}
-	if img.boot.Modules, err = root.modules(kernel, c.modules()); err != nil {
+	modules, extra := c.modules(), map[string]string{}
+	if slices.Contains(modules, OwnModule) {
+		if extra[OwnModule], err = BuildModule(ctx, cache, release, c.arch()); err != nil {
+			return nil, err
+		}
+	}
+	if img.boot.Modules, err = root.modules(kernel, extra, modules); err != nil {
 		return nil, err
 	}
 	for to, from := range c.Files {

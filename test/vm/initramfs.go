@@ -147,8 +147,9 @@ func (a archive) system(busybox string, binaries map[string]string) error {
 // modules adds the named kernel modules and those they depend on, without
 // compression, and returns their files below /lib/modules/RELEASE in an order
 // in which they can be loaded. Modules that are built into the kernel need
-// nothing. It also writes a modules.dep for modprobe.
-func (a archive) modules(k fetch.Kernel, names []string) ([]string, error) {
+// nothing; modules that are not the kernel's own are in extra, file by name. It
+// also writes a modules.dep for modprobe.
+func (a archive) modules(k fetch.Kernel, extra map[string]string, names []string) ([]string, error) {
 	canonical := func(file string) string {
 		base, _, _ := strings.Cut(path.Base(file), ".ko")
 		return strings.ReplaceAll(base, "-", "_")
@@ -163,6 +164,7 @@ func (a archive) modules(k fetch.Kernel, names []string) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
+	maps.Copy(files, extra)
 	text, err := os.ReadFile(filepath.Join(k.Modules, "modules.builtin"))
 	if err != nil {
 		return nil, err
@@ -195,6 +197,9 @@ func (a archive) modules(k fetch.Kernel, names []string) ([]string, error) {
 		rel, err := filepath.Rel(k.Modules, from)
 		if err != nil {
 			return err
+		}
+		if extra[name] != "" {
+			rel = "extra/" + path.Base(from)
 		}
 		rel = strings.TrimSuffix(rel, ".xz")
 		done[name] = rel

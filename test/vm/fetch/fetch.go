@@ -25,7 +25,12 @@ import (
 const (
 	Trixie   = "trixie"
 	Bookworm = "bookworm"
+	// Backports has newer kernels for Trixie; everything else is Trixie's.
+	Backports = "trixie-backports"
 )
+
+// baseSuite returns the suite to which a suite of backports belongs.
+func baseSuite(suite string) string { return strings.TrimSuffix(suite, "-backports") }
 
 // PackagesFile lists, in each unpacked folder, the packages in it and their
 // versions.
@@ -269,9 +274,9 @@ type Kernel struct {
 
 // Kernel returns the cloud kernel of a Debian release for an architecture.
 func (c *Cache) Kernel(ctx context.Context, suite, arch string) (Kernel, error) {
-	needed := regexp.MustCompile(`^linux-(image|binary|modules)-[0-9]`)
+	needed := regexp.MustCompile(`^linux-(base|image|binary|modules)-[0-9]`)
 	dir, err := c.folder(ctx, request{
-		key: "kernel-" + suite + "-" + arch, what: "a kernel", suite: suite, release: suite, arch: arch,
+		key: "kernel-" + suite + "-" + arch, what: "a kernel", suite: baseSuite(suite), release: suite, arch: arch,
 		packages: []string{"linux-image-cloud-" + arch}, keep: needed.MatchString,
 		finish: func(root string) error { _, err := findKernel(root); return err },
 	})
@@ -300,6 +305,7 @@ func findKernel(root string) (Kernel, error) {
 
 // Busybox returns the path of a static busybox for an architecture.
 func (c *Cache) Busybox(ctx context.Context, suite, arch string) (string, error) {
+	suite = baseSuite(suite)
 	dir, err := c.folder(ctx, request{
 		key: "busybox-" + suite + "-" + arch, what: "busybox", suite: suite, release: suite, arch: arch,
 		packages: []string{"busybox-static"}, keep: func(name string) bool { return name == "busybox-static" },
@@ -324,6 +330,7 @@ func (c *Cache) Packages(ctx context.Context, suite, arch string, names []string
 			return "", fmt.Errorf("%q is not the name of a Debian package", n)
 		}
 	}
+	suite = baseSuite(suite)
 	names = slices.Compact(slices.Sorted(slices.Values(names)))
 	sum := sha256.Sum256([]byte(strings.Join(names, " ")))
 	return c.folder(ctx, request{

@@ -13,8 +13,11 @@ import (
 )
 
 var programs = map[string]func(ctx context.Context, args []string) (any, error){
-	"copies":  copies,
-	"oneshot": oneShot,
+	"copies":    copies,
+	"oneshot":   oneShot,
+	"uio-hold":  hold,
+	"uio-rules": rules,
+	"uio-wait":  wait,
 }
 
 func main() {

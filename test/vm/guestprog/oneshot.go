@@ -12,6 +12,7 @@ import (
 
 	"github.com/ivshmem-go/ivshmem"
 	"github.com/ivshmem-go/ivshmem/regs"
+	"github.com/ivshmem-go/ivshmem/uio"
 	"github.com/ivshmem-go/ivshmem/vfio"
 )
 
@@ -58,7 +59,12 @@ func oneShot(ctx context.Context, args []string) (any, error) {
 	if err != nil || len(found) != 1 {
 		return nil, fmt.Errorf("expected one device, found %d: %w", len(found), err)
 	}
-	carrier, err := vfio.Open(found[0].Address)
+	var carrier ivshmem.Backend
+	if found[0].Driver == vfio.Driver {
+		carrier, err = vfio.Open(found[0].Address)
+	} else {
+		carrier, err = uio.Open(found[0].Address)
+	}
 	if err != nil {
 		return nil, err
 	}

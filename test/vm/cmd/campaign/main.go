@@ -40,6 +40,7 @@ type campaign struct {
 var campaigns = []campaign{
 	{"peers", "state changes and the death of one guest, seen by another by interrupt", 5 * time.Second, peers},
 	{"oneshot", "one interrupt per arm, and no lost wake-up, in a guest with one-shot mode on", 5 * time.Second, oneShot},
+	{"doorbells", "no lost wake-up through uio_ivshmem (kmod/) and vfio-pci, with bursts of doorbells", 6 * time.Second, doorbells},
 	{"pingpong", "round trips of two host processes against the floor of the machine", 10 * time.Second, pingPong},
 	{"fuzz", "all fuzzers, DURATION each", 3 * time.Second, fuzz},
 }
