@@ -244,10 +244,17 @@ func (d *Device) State(peer uint32) (uint32, error) {
 func (d *Device) Register(r regs.Register) (uint32, error) { return d.back.Load(r) }
 
 // HoldState makes Close leave State as it is, for programs whose purpose is
-// to leave one behind. A device that is reset when it is closed (vfio-pci does
-// so behind a root port) and a link's socket, whose peer leaves, lose it in any
-// case.
-func (d *Device) HoldState() { d.hold.Store(true) }
+// to leave one behind. It fails with [ErrNotSupported] where State ends with the
+// handle whatever is done: on a link's socket, whose peer leaves, and behind a
+// driver that sees to it (uio_ivshmem). A device that the kernel resets when it
+// is closed (vfio-pci does so behind a root port) loses it all the same.
+func (d *Device) HoldState() error {
+	if b, ok := d.back.(interface{ EndsState() bool }); ok && b.EndsState() {
+		return fmt.Errorf("hold state: %w: %s ends the state when the device is closed", ErrNotSupported, d.Driver())
+	}
+	d.hold.Store(true)
+	return nil
+}
 
 // Close ends all waits with [os.ErrClosed], writes State 0 and disables
 // interrupts if the handle is the owner's, and gives everything back.

@@ -310,6 +310,9 @@ func (b *Backend) Store(r regs.Register, v uint32) error {
 	return gone(b.client.WriteRegion(vfiouser.RegionBAR0, uint64(r), p[:]))
 }
 
+// EndsState says that when the connection ends the service sets State 0.
+func (b *Backend) EndsState() bool { return true }
+
 // Sections is the shared memory.
 func (b *Backend) Sections() *shmem.Sections { return &b.set.Sections }
 

@@ -202,6 +202,9 @@ func (b *Backend) Load(r regs.Register) (uint32, error) { return b.window.Load(r
 // Store writes a register.
 func (b *Backend) Store(r regs.Register, v uint32) error { return b.window.Store(r, v) }
 
+// EndsState says that the driver sets State 0 when the file is closed.
+func (b *Backend) EndsState() bool { return true }
+
 // Sections is the shared memory.
 func (b *Backend) Sections() *shmem.Sections { return &b.set.Sections }
 

@@ -30,8 +30,8 @@ func (p *program) stateCommand() *cli.Command {
 			command(1, &cli.Command{
 				Name: "set", Usage: "set the own state and stay until interrupted; then it is 0 again", ArgsUsage: "VALUE",
 				Description: `With --hold the command ends at once and leaves the state behind. That works
-for PCI devices whose driver does not reset them on close; on a link's socket
-the state ends with the connection.
+for PCI devices whose driver does not reset them on close; on a link's socket,
+and behind uio_ivshmem, the state ends with the command.
 
 Example: ivshctl state set 1 --hold`,
 				Flags: []cli.Flag{deviceFlag, timeoutFlag,
@@ -119,19 +119,20 @@ func (p *program) stateSet(c *cli.Context) error {
 		return err
 	}
 	hold := c.Bool("hold")
-	if hold && strings.Contains(c.String("device"), "/") {
-		return usagef("state set --hold: a state on a link's socket ends with the connection: leave --hold out, and the command running")
-	}
 	d, err := ivshmem.Open(c.String("device"))
 	if err != nil {
 		return err
 	}
 	defer d.Close()
+	if hold {
+		if err := d.HoldState(); err != nil {
+			return fmt.Errorf("%w: leave --hold out, and the command running", err)
+		}
+	}
 	if err := d.SetState(uint32(v)); err != nil {
 		return err
 	}
 	if hold {
-		d.HoldState()
 		return d.Close()
 	}
 	ctx, cancel := withTimeout(c)

@@ -18,6 +18,7 @@ var programs = map[string]func(ctx context.Context, args []string) (any, error){
 	"uio-hold":  hold,
 	"uio-rules": rules,
 	"uio-wait":  wait,
+	"uio-words": words,
 }
 
 func main() {

@@ -299,3 +299,35 @@ func wait(_ context.Context, args []string) (any, error) {
 		last = now
 	}
 }
+
+// words writes into the sections and reads it back through the memory that
+// they share, without a State Table that follows the registers.
+func words(_ context.Context, args []string) (any, error) {
+	if len(args) != 1 {
+		return nil, errors.New("expected a PCI address")
+	}
+	d, err := openUIO(args[0])
+	if err != nil {
+		return nil, err
+	}
+	content := map[string][]byte{}
+	for i, m := range d.maps {
+		prot := unix.PROT_READ
+		if m.Name == "rw_section" || m.Name == "output_section" {
+			prot |= unix.PROT_WRITE
+		}
+		if content[m.Name], err = d.mmap(i, m.Size, prot, unix.MAP_SHARED); err != nil {
+			return nil, fmt.Errorf("%s: %w", m.Name, err)
+		}
+	}
+	own := content["output_section"]
+	copy(own, "output")
+	copy(content["rw_section"], "both")
+	if got := string(content["input_sections"][:6]); got != "output" {
+		return nil, fmt.Errorf("input sections: %q", got)
+	}
+	if got := string(content["rw_section"][:4]); got != "both" {
+		return nil, fmt.Errorf("R/W section: %q", got)
+	}
+	return struct{}{}, nil
+}

@@ -198,3 +198,17 @@ func TestBindWithoutIOMMU(t *testing.T) {
 		run(t, g, 0, "ivshctl", "bind", "--driver", "uio_pci_generic")
 	}
 }
+
+// TestBindArm64: a device gets its IOMMU group with its first driver there.
+func TestBindArm64(t *testing.T) {
+	s := serve(t)
+	g := guests(t, s, vm.Config{Arch: vm.ARM64, Devices: []vm.Device{{Socket: s.Socket, Address: "0xe"}}})[0]
+	run(t, g, 1, "test", "-e", "/sys/bus/pci/devices/"+bindAddress+"/iommu_group")
+	run(t, g, 0, "ivshctl", "bind")
+	bound(t, g, "vfio-pci")
+	if i := decode[info](t, run(t, g, 0, "ivshctl", "info", "--json")); i.ID == nil {
+		t.Errorf("through it: %+v", i)
+	}
+	run(t, g, 0, "ivshctl", "unbind")
+	bound(t, g, "none")
+}
