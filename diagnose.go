@@ -158,7 +158,7 @@ func (g *Diagnosis) driver(dev *sysfs.Device) bool {
 	case "uio_pci_generic":
 		g.add("driver", StatusFail, "uio_pci_generic: it cannot deliver MSI-X, the device can only be polled", "bind it to vfio-pci: `ivshctl bind`")
 	default:
-		g.add("driver", StatusFail, dev.Driver+": a kernel driver uses the device itself", "leave it to that driver, or take it away: `ivshctl bind --force`")
+		g.add("driver", StatusFail, dev.Driver+": a kernel driver uses the device itself", "leave it to that driver, or take it away: `ivshctl bind`")
 		return false
 	}
 	return true

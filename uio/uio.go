@@ -68,7 +68,7 @@ func open(dev *sysfs.Device) (*Backend, error) {
 		b.Close()
 		e := &fault.DeviceError{Device: dev.Addr, Op: "open through UIO", Err: err}
 		if errors.Is(err, os.ErrPermission) {
-			e.Remedy = fmt.Sprintf("run as root, or with access rights to /dev/uio%d", b.number())
+			e.Remedy = fmt.Sprintf("run as root, or with access rights to /dev/uio%d: `ivshctl udev` prints rules for a group", b.number())
 		}
 		return nil, e
 	}

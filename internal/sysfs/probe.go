@@ -17,7 +17,7 @@ const vfioPCI = "vfio-pci"
 // whence says where drivers come from that are not there.
 var whence = map[string]string{
 	vfioPCI:           "this kernel has no VFIO for PCI devices: use one with CONFIG_VFIO_PCI",
-	"uio_ivshmem":     "build and install that kernel module first: it is not part of Linux",
+	"uio_ivshmem":     "build and install that kernel module first, from kmod/ of this project: it is not part of Linux",
 	"igb_uio":         "build and install that kernel module first: Debian has it in dpdk-kmods-dkms",
 	"uio_pci_generic": "this kernel lacks it: use one with CONFIG_UIO_PCI_GENERIC",
 }
