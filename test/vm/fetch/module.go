@@ -21,13 +21,11 @@ import (
 // Module builds the kernel module whose sources and Makefile are in the
 // folder source, for the kernel that Kernel returns for the same suite and
 // architecture, and returns the path of the .ko file. Compiler, make and
-// kernel headers are Debian's own for that kernel, unpacked into the cache.
-// args are added to make's command line. A module is built again when its
-// sources or args change.
+// kernel headers are Debian's own for that kernel, unpacked into the cache; for
+// another architecture than this machine's it is a cross compiler. args are
+// added to make's command line. A module is built again when its sources or
+// args change.
 func (c *Cache) Module(ctx context.Context, suite, arch, source string, args ...string) (string, error) {
-	if arch != runtime.GOARCH {
-		return "", fmt.Errorf("kernel modules for %s can be built on %s only, this is %s", arch, arch, runtime.GOARCH)
-	}
 	kernel, err := c.Kernel(ctx, suite, arch)
 	if err != nil {
 		return "", err
@@ -36,7 +34,7 @@ func (c *Cache) Module(ctx context.Context, suite, arch, source string, args ...
 	if err != nil {
 		return "", err
 	}
-	tools, err := c.headers(ctx, suite, arch, kernel.Release)
+	headers, bin, err := c.toolchain(ctx, suite, arch, kernel.Release)
 	if err != nil {
 		return "", err
 	}
@@ -61,9 +59,8 @@ func (c *Cache) Module(ctx context.Context, suite, arch, source string, args ...
 	if err := os.CopyFS(filepath.Join(tmp, "src"), os.DirFS(source)); err != nil {
 		return "", err
 	}
-	bin := filepath.Join(tools, "usr/bin")
 	cmd := exec.CommandContext(ctx, filepath.Join(bin, "make"), append([]string{
-		"-C", filepath.Join(tools, "usr/src", "linux-headers-"+kernel.Release), "M=" + filepath.Join(tmp, "src"), "modules"}, args...)...)
+		"-C", headers, "M=" + filepath.Join(tmp, "src"), "modules"}, args...)...)
 	cmd.Env = []string{"PATH=" + bin + ":" + os.Getenv("PATH"), "LC_ALL=C", "HOME=" + tmp}
 	if text, err := runChild(cmd); err != nil {
 		return "", fmt.Errorf("build the module in %s for kernel %s: %w\n%s", source, kernel.Release, err, text)
@@ -108,22 +105,63 @@ func findModule(dir string) (string, error) {
 	return m[0], nil
 }
 
-// headers returns a folder with what builds modules for a kernel release.
-func (c *Cache) headers(ctx context.Context, suite, arch, release string) (string, error) {
+// toolchain returns the folder of the headers of a kernel release, and the
+// folder of the programs that build modules for it on this machine.
+func (c *Cache) toolchain(ctx context.Context, suite, arch, release string) (headers, bin string, err error) {
 	key := "headers-" + release
 	final := filepath.Join(c.Dir, key)
-	needed := regexp.MustCompile(`^(lib|zlib1g|gcc|cpp|binutils|linux-headers|linux-kbuild|make$|pahole)`)
-	dir, err := c.folder(ctx, request{
-		key: key, what: "kernel headers and a compiler", suite: baseSuite(suite), release: suite, arch: arch,
-		packages: []string{"linux-headers-" + release, "make"}, keep: needed.MatchString,
-		finish: func(root string) error {
+	pkg := "linux-headers-" + release
+	tools := request{
+		what: "a compiler for kernel modules", suite: baseSuite(suite), release: suite, arch: runtime.GOARCH,
+		packages: []string{"binutils", "make"},
+		keep:     regexp.MustCompile(`^(lib|zlib1g|gcc|cpp|binutils|linux-headers|linux-kbuild|make$|pahole)`).MatchString,
+	}
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("%w\nif the archive has only a newer kernel, remove the kernel's folder from %s", err, c.Dir)
+		}
+	}()
+	if arch == runtime.GOARCH {
+		// The headers depend on everything else.
+		tools.key, tools.packages = key, append(tools.packages, pkg)
+		tools.finish = func(root string) error {
 			return errors.Join(relocateHeaders(root, final), relocatePrograms(root, final))
+		}
+		dir, err := c.folder(ctx, tools)
+		return filepath.Join(dir, "usr/src", pkg), filepath.Join(dir, "usr/bin"), err
+	}
+
+	// The headers are for the kernel, the programs for this machine.
+	version := release[:max(0, strings.Index(release, "-cloud"))]
+	common, kbuild := "linux-headers-"+version+"-common", "linux-kbuild-"+version
+	tools.key = "tools-" + release
+	toolsFinal := filepath.Join(c.Dir, tools.key)
+	dir, err := c.folder(ctx, request{
+		key: key, what: "kernel headers", suite: tools.suite, release: suite, arch: arch,
+		packages: []string{pkg}, keep: func(name string) bool { return name == pkg },
+		finish: func(root string) error {
+			return errors.Join(relocateHeaders(root, final), os.MkdirAll(filepath.Join(root, "usr/lib"), 0o755),
+				os.Symlink(filepath.Join(toolsFinal, "usr/src", common), filepath.Join(root, "usr/src", common)),
+				os.Symlink(filepath.Join(toolsFinal, "usr/lib", kbuild), filepath.Join(root, "usr/lib", kbuild)))
 		},
 	})
 	if err != nil {
-		return "", fmt.Errorf("%w\nif the archive has only a newer kernel, remove the kernel's folder from %s", err, c.Dir)
+		return "", "", err
 	}
-	return dir, nil
+	headers = filepath.Join(dir, "usr/src", pkg)
+	variables, err := os.ReadFile(filepath.Join(headers, ".kernelvariables"))
+	if err != nil {
+		return "", "", err
+	}
+	gcc := regexp.MustCompile(`gcc-[0-9]+`).Find(variables)
+	triplet := regexp.MustCompile(`CROSS_COMPILE = (\S+-linux-gnu)-`).FindSubmatch(variables)
+	if gcc == nil || triplet == nil {
+		return "", "", fmt.Errorf("%s: no compiler named in .kernelvariables", headers)
+	}
+	tools.packages = append(tools.packages, string(gcc)+"-"+string(triplet[1]), common, kbuild)
+	tools.finish = func(root string) error { return relocatePrograms(root, toolsFinal) }
+	dir, err = c.folder(ctx, tools)
+	return headers, filepath.Join(dir, "usr/bin"), err
 }
 
 // relocateHeaders replaces the place where the headers expect to be installed

@@ -28,11 +28,12 @@ type uioRules struct {
 // absent sections.
 func TestKernelModule(t *testing.T) {
 	for _, kernel := range []string{fetch.Bookworm, fetch.Trixie, fetch.Backports} {
-		t.Run(kernel, func(t *testing.T) { testKernelModule(t, kernel) })
+		t.Run(kernel, func(t *testing.T) { testKernelModule(t, kernel, vm.AMD64) })
 	}
+	t.Run(vm.ARM64, func(t *testing.T) { testKernelModule(t, fetch.Trixie, vm.ARM64) })
 }
 
-func testKernelModule(t *testing.T, kernel string) {
+func testKernelModule(t *testing.T, kernel, arch string) {
 	type linkCase struct {
 		options []string
 		auto    bool              // bound by itself
@@ -58,8 +59,8 @@ func testKernelModule(t *testing.T, kernel string) {
 		addresses = append(addresses, fmt.Sprintf("0000:00:%02x.0", 4+i))
 	}
 	g := guests(t, nil, vm.Config{
-		Kernel: kernel, Devices: devices, Modules: []string{vm.OwnModule},
-		Files: map[string]string{"/bin/guestprog": buildFor(t, vm.AMD64, "build", module+"/test/vm/guestprog", "guestprog")},
+		Kernel: kernel, Arch: arch, Devices: devices, Modules: []string{vm.OwnModule},
+		Files: map[string]string{"/bin/guestprog": buildFor(t, arch, "build", module+"/test/vm/guestprog", "guestprog")},
 	})[0]
 	for i, c := range cases {
 		t.Run("maps/"+strings.Join(c.options, " "), func(t *testing.T) {
@@ -89,7 +90,7 @@ func testKernelModule(t *testing.T, kernel string) {
 				t.Errorf("rules broken:\n%s", strings.Join(r.Broken, "\n"))
 			}
 			t.Logf("memory types: %v", r.Types)
-			if c.maps["rw_section"] == 2<<30 && (r.Types["rw_section"] != "write-back" || r.Types["registers"] != "uncached-minus") {
+			if arch == vm.AMD64 && c.maps["rw_section"] == 2<<30 && (r.Types["rw_section"] != "write-back" || r.Types["registers"] != "uncached-minus") {
 				t.Errorf("memory types %v, want rw_section write-back and registers uncached-minus", r.Types)
 			}
 			if driver := decode[info](t, run(t, g, 0, "ivshctl", "info", "--json", addresses[i])); !driver.OneShot {

@@ -33,8 +33,10 @@ With more than one guest each line of output starts with "guest N: ".
                       commas; their installation scripts do not run, and in
                       the shell busybox's applets win over programs of the
                       same name (give the path of the program)
-  --driver DRIVER     kernel driver to bind to the device, such as vfio-pci
-  --kernel RELEASE    Debian release of kernel and packages (trixie, bookworm)
+  --driver DRIVER     kernel driver to bind to the device, such as vfio-pci, or
+                      uio_ivshmem, which is built (kmod/)
+  --kernel RELEASE    Debian release of kernel and packages (trixie, bookworm, or
+                      trixie-backports for the kernel alone)
   --arch ARCH         architecture of the guests: amd64 or arm64
   --root-port         put the device behind a PCI Express root port
   --no-device         boot without a link and a device
