@@ -153,6 +153,7 @@ func (g *Diagnosis) driver(dev *sysfs.Device) bool {
 		return g.iommuGroup(dev)
 	case "uio_ivshmem":
 		g.add("driver", StatusOK, dev.Driver, "")
+		return g.driverState(dev)
 	case "igb_uio":
 		g.add("driver", StatusWarn, "igb_uio: only vector 0 arrives", "agree on vector 0 with the peers, or bind to vfio-pci: `ivshctl bind`")
 	case "uio_pci_generic":
@@ -162,6 +163,39 @@ func (g *Diagnosis) driver(dev *sysfs.Device) bool {
 		return false
 	}
 	return true
+}
+
+// driverState checks what uio_ivshmem set up when it was bound: opening the
+// device does not set it up again. It is false if the device cannot be opened.
+func (g *Diagnosis) driverState(dev *sysfs.Device) bool {
+	const again = "another program changed it: bind the driver again (`ivshctl unbind`, `ivshctl bind --driver uio_ivshmem`)"
+	config, err := dev.ReadConfig()
+	if err != nil || len(config) < 6 {
+		return true // seen above
+	}
+	if !g.checkCommand(config, again) {
+		return false
+	}
+	if c, err := regs.ParseVendorCap(config); err == nil && c.Privileged&regs.OneShot == 0 {
+		g.add("one-shot mode", StatusFail, "off, although the driver switches it on", again)
+		return false
+	}
+	return true
+}
+
+// checkCommand reports whether the Command register lets the device work.
+func (g *Diagnosis) checkCommand(config []byte, remedy string) bool {
+	const memory, busMaster = 1 << 1, 1 << 2
+	switch c := binary.LittleEndian.Uint16(config[4:]); {
+	case c&memory == 0:
+		g.add("Command register", StatusFail, fmt.Sprintf("%04Xh: memory decoding is off, so registers and memory do not answer", c), remedy)
+	case c&busMaster == 0:
+		g.add("Command register", StatusFail, fmt.Sprintf("%04Xh: bus master is off, so no MSI-X message leaves the device", c), remedy)
+	default:
+		g.add("Command register", StatusOK, fmt.Sprintf("%04Xh", c), "")
+		return true
+	}
+	return false
 }
 
 func (g *Diagnosis) iommuGroup(dev *sysfs.Device) bool {
@@ -203,7 +237,9 @@ func (g *Diagnosis) open(ctx context.Context, address string) {
 	}
 	defer d.Close()
 	g.add("open", StatusOK, fmt.Sprintf("peer %d of %d, through %s", d.ID(), d.MaxPeers(), d.Driver()), "")
-	g.command(d)
+	if config, err := d.back.Config(); err == nil && len(config) >= 6 && d.HasInterrupts() && d.Driver() != "uio_ivshmem" {
+		g.checkCommand(config, "bind the driver again: `ivshctl unbind`, `ivshctl bind`")
+	}
 	g.oneShot(d)
 	interrupts := g.doorbell(ctx, d)
 	g.copyRate(d)
@@ -213,23 +249,6 @@ func (g *Diagnosis) open(ctx context.Context, address string) {
 		if c.Status == StatusFail {
 			g.Usable = false
 		}
-	}
-}
-
-// command checks the Command register of the open device.
-func (g *Diagnosis) command(d *Device) {
-	const memory, busMaster = 1 << 1, 1 << 2
-	config, err := d.back.Config()
-	if err != nil || len(config) < 6 {
-		return
-	}
-	switch c := binary.LittleEndian.Uint16(config[4:]); {
-	case c&memory == 0:
-		g.add("Command register", StatusFail, fmt.Sprintf("%04Xh: memory decoding is off", c), "setpci -s "+d.Address()+" COMMAND=6:6, or unbind and bind the driver")
-	case c&busMaster == 0 && d.HasInterrupts():
-		g.add("Command register", StatusFail, fmt.Sprintf("%04Xh: bus master is off, so no MSI-X message leaves the device", c), "setpci -s "+d.Address()+" COMMAND=6:6, or unbind and bind the driver")
-	default:
-		g.add("Command register", StatusOK, fmt.Sprintf("%04Xh", c), "")
 	}
 }
 

@@ -129,7 +129,6 @@ func testKernelModule(t *testing.T, kernel, arch string) {
 	t.Run("interrupts of all vectors", func(t *testing.T) {
 		w := waiter(t, "control 0")
 		for vector := range 4 {
-			// What comes when the device is disarmed is lost.
 			onLink(t, "ring", "--device", sockets[0], "0", fmt.Sprint(vector))
 			if got, want := w.line(), "grown 1 control 0"; got != want {
 				t.Errorf("vector %d: got %q, want %q", vector, got, want)

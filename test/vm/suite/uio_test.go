@@ -1,6 +1,7 @@
 package suite
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 
@@ -64,6 +65,29 @@ func TestUIO(t *testing.T) {
 			t.Fatal(err)
 		}
 		w.end(0)
+	})
+	t.Run("doctor", func(t *testing.T) {
+		const file = "/sys/bus/pci/devices/" + address + "/config"
+		for _, c := range []struct {
+			name                 string
+			offset, bad, good    int
+			check, found, remedy string
+		}{
+			{"memory decoding off", 4, 4, 6, "Command register", "memory decoding is off", "bind"},
+			{"bus master off", 4, 2, 6, "Command register", "bus master is off", "bind"},
+			{"one-shot mode off", 0x43, 0, 1, "one-shot mode", "off", "bind"},
+		} {
+			set := func(v int) {
+				run(t, g[0], 0, "sh", "-c", fmt.Sprintf(`printf '\%03o' | dd of=%s bs=1 seek=%d conv=notrunc 2>/dev/null`, v, file, c.offset))
+			}
+			set(c.bad)
+			got := run(t, g[0], 1, "ivshctl", "doctor")
+			set(c.good)
+			if !strings.Contains(got, "fail  "+c.check) || !strings.Contains(got, c.found) || !strings.Contains(got, c.remedy) {
+				t.Errorf("%s: got %s", c.name, got)
+			}
+		}
+		run(t, g[0], 0, "ivshctl", "doctor")
 	})
 	t.Run("ordinary user", func(t *testing.T) {
 		for _, g := range g {
