@@ -2,8 +2,6 @@ package uio
 
 import (
 	"errors"
-	"fmt"
-	"os"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -37,10 +35,9 @@ func OpenIGB(address string) (*IGB, error) {
 		return fail(err)
 	}
 	// First the file: opening it enables bus master and the interrupt.
-	path := fmt.Sprintf("/dev/uio%d", node.Number)
-	fd, err := unix.Open(path, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	fd, err := node.open()
 	if err != nil {
-		return fail(&os.PathError{Op: "open", Path: path, Err: err})
+		return fail(err)
 	}
 	c, err := dev.Open()
 	if err != nil {

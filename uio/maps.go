@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
 // Names of the maps (uio_ivshmem).
@@ -117,6 +119,15 @@ func readHex(dir, name string) (uint64, error) {
 		return 0, fmt.Errorf("%s: expected a number, found %q", filepath.Join(dir, name), s)
 	}
 	return v, nil
+}
+
+// open opens the device's file, for reading interrupts without blocking.
+func (n *Node) open() (fd int, err error) {
+	path := fmt.Sprintf("/dev/uio%d", n.Number)
+	if fd, err = unix.Open(path, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0); err != nil {
+		return -1, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	return fd, nil
 }
 
 // byName finds a map. Absent sections are skipped in the numbering, so only

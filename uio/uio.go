@@ -90,12 +90,9 @@ func (b *Backend) open() error {
 	if _, old := b.node.byName(mapVersion1); old {
 		return fmt.Errorf("%w: driver %s is the one for the first version of the device (its maps are called %s and ivshmem-shmem): unload it, and bind the device to uio_ivshmem for version 2, or to vfio-pci", fault.ErrNotSupported, b.dev.Driver, mapVersion1)
 	}
-	path := fmt.Sprintf("/dev/uio%d", b.node.Number)
-	fd, err := unix.Open(path, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return &os.PathError{Op: "open", Path: path, Err: err}
+	if b.fd, err = b.node.open(); err != nil {
+		return err
 	}
-	b.fd = fd
 	b.vectors = vectors(b.dev.FullPath)
 	registers, ok := b.node.byName(mapRegisters)
 	if !ok {
@@ -104,7 +101,7 @@ func (b *Backend) open() error {
 	if err := b.check(registers); err != nil {
 		return err
 	}
-	if b.window, err = regs.MapWindow(uintptr(fd), place(registers), int(min(registers.Size, regs.RegionSize))); err != nil {
+	if b.window, err = regs.MapWindow(uintptr(b.fd), place(registers), int(min(registers.Size, regs.RegionSize))); err != nil {
 		return err
 	}
 	return b.mapSections()
@@ -128,17 +125,6 @@ func place(m Map) int64 { return int64(m.Index) * int64(os.Getpagesize()) }
 // mapSections takes the layout from the sizes of the maps, which an ordinary
 // user sees too, and maps what is there.
 func (b *Backend) mapSections() error {
-	own, err := b.window.Load(regs.ID)
-	if err != nil {
-		return err
-	}
-	peers, err := b.window.Load(regs.MaxPeers)
-	if err != nil {
-		return err
-	}
-	if own == regs.AllOnes || peers == regs.AllOnes {
-		return fmt.Errorf("registers read all ones: %w", regs.ErrGone)
-	}
 	table, ok := b.node.byName(mapStateTable)
 	if !ok {
 		return b.missing(mapStateTable)
@@ -154,15 +140,12 @@ func (b *Backend) mapSections() error {
 			return err
 		}
 	}
-	layout, err := shmem.NewLayout(table.Size, readWrite.Size, output.Size, peers)
+	layout, _, err := mem.Layout(table.Size, readWrite.Size, output.Size, b.window.Load)
 	if err != nil {
 		return err
 	}
-	if all := uint64(peers) * output.Size; inputs.Size != all {
-		return fmt.Errorf("UIO device %d, map %q: expected %d bytes, for %d peers with output sections of %d, found %d", b.node.Number, mapInputs, all, peers, output.Size, inputs.Size)
-	}
-	if own >= peers {
-		return fmt.Errorf("register ID: expected a value below Maximum Peers, %d, found %d", peers, own)
+	if all := uint64(layout.Peers) * output.Size; inputs.Size != all {
+		return fmt.Errorf("UIO device %d, map %q: expected %d bytes, for %d peers with output sections of %d, found %d", b.node.Number, mapInputs, all, layout.Peers, output.Size, inputs.Size)
 	}
 	b.set, err = mem.MapSections(b.fd, layout, mem.Places{
 		StateTable: place(table), ReadWrite: place(readWrite), Inputs: place(inputs), Output: place(output),

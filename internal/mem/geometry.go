@@ -15,6 +15,12 @@ func Geometry(config []byte, load func(regs.Register) (uint32, error)) (l shmem.
 	if err != nil {
 		return l, 0, err
 	}
+	return Layout(uint64(c.StateTable), c.ReadWrite, c.Output, load)
+}
+
+// Layout is Geometry for whoever knows the sizes of the sections from elsewhere:
+// of the State Table, the R/W section, and one output section, in bytes.
+func Layout(stateTable, readWrite, output uint64, load func(regs.Register) (uint32, error)) (l shmem.Layout, own uint32, err error) {
 	if own, err = load(regs.ID); err != nil {
 		return l, 0, err
 	}
@@ -25,7 +31,7 @@ func Geometry(config []byte, load func(regs.Register) (uint32, error)) (l shmem.
 	if own == regs.AllOnes || peers == regs.AllOnes { // neither is a valid value
 		return l, 0, fmt.Errorf("registers read all ones: %w", regs.ErrGone)
 	}
-	if l, err = shmem.NewLayout(uint64(c.StateTable), c.ReadWrite, c.Output, peers); err != nil {
+	if l, err = shmem.NewLayout(stateTable, readWrite, output, peers); err != nil {
 		return l, 0, err
 	}
 	if own >= peers {

@@ -60,19 +60,17 @@ func pingPong(ctx context.Context, r *Report) error {
 	for begin := time.Now(); rounds < 3 || time.Since(begin) < r.Duration; rounds++ {
 		for _, k := range kinds {
 			var low roundTrips
-			if err := runJSON(ctx, &low, floor, k.floor...); err != nil {
+			if err := runJSON(ctx, 2*patience, &low, floor, k.floor...); err != nil {
 				return err
 			}
 			args := append([]string{"--json", "--cpus", "0,1"}, k.our...)
 			var own roundTrips
+			limit := 2 * patience
 			if r.Sabotage {
 				// It ends in the middle: messages without an answer.
-				args = append(args, "--count", "1000000000")
-				var cancel context.CancelFunc
-				ctx, cancel = context.WithTimeout(ctx, 3*time.Second)
-				defer cancel()
+				args, limit = append(args, "--count", "1000000000"), 3*time.Second
 			}
-			if err := runJSON(ctx, &own, ours, args...); err != nil {
+			if err := runJSON(ctx, limit, &own, ours, args...); err != nil {
 				return err
 			}
 			messages += own.Messages
@@ -106,9 +104,9 @@ func median(v []float64) float64 {
 	return s[len(s)/2]
 }
 
-// runJSON runs a program that prints one JSON object.
-func runJSON(ctx context.Context, v any, name string, args ...string) error {
-	ctx, cancel := context.WithTimeout(ctx, 2*patience)
+// runJSON runs a program that prints one JSON object within a time limit.
+func runJSON(ctx context.Context, limit time.Duration, v any, name string, args ...string) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, name, args...)
 	var stderr bytes.Buffer
