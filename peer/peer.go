@@ -255,11 +255,10 @@ func (b *Backend) WriteConfig(offset int, v uint8) error {
 		return os.ErrClosed
 	}
 	if offset == b.privileged && b.own != nil {
-		direct := v&regs.OneShot == 0
-		if err := b.makePrivate(len(b.own)); err != nil {
-			return err
-		}
-		if direct != b.direct {
+		if direct := v&regs.OneShot == 0; direct != b.direct {
+			if err := b.makePrivate(len(b.own)); err != nil {
+				return err
+			}
 			if err := b.connect(direct); err != nil {
 				return gone(err)
 			}
