@@ -30,10 +30,11 @@ type waiters struct {
 	set     *evfd.Set // nil: no interrupts
 	sleep   Sleep
 	oneShot bool
-	shared  bool  // one counter for all vectors
-	uio     bool  // fds are UIO files
-	fds     []int // by vector
-	kick    int   // eventfd that wakes the leader, -1: none
+	shared  bool         // one counter for all vectors
+	rearm   func() error // after each write to Interrupt Control; may be nil
+	uio     bool         // fds are UIO files
+	fds     []int        // by vector
+	kick    int          // eventfd that wakes the leader, -1: none
 	counts  []atomic.Uint64
 	// armed is false once an interrupt disarmed the device in one-shot mode.
 	// It belongs to the leader.
@@ -42,6 +43,10 @@ type waiters struct {
 	// leader, too.
 	counted bool
 	total   uint32
+	// rung is the vectors of the last interrupts, nil: any may have been. It
+	// belongs to the leader; rungOf is where it lives.
+	rung   []int
+	rungOf [16]int
 
 	mu      sync.Mutex
 	all     []*waiter
@@ -56,6 +61,20 @@ type waiter struct {
 	wake    chan bool // true: lead
 }
 
+// waiterPool keeps waiting free of allocation.
+var waiterPool = sync.Pool{New: func() any { return &waiter{wake: make(chan bool, 1)} }}
+
+// free gives a waiter that is off the list back: nobody sends to it any more,
+// but what it did not look at may be left.
+func (w *waiter) free() {
+	select {
+	case <-w.wake:
+	default:
+	}
+	w.vectors, w.ready = nil, nil
+	waiterPool.Put(w)
+}
+
 func (w *waiter) wants(vector int) bool {
 	return w.vectors == nil || slices.Contains(w.vectors, vector)
 }
@@ -63,8 +82,8 @@ func (w *waiter) wants(vector int) bool {
 func (ws *waiters) init(d *Device, o options) error {
 	ws.device = d
 	i := d.back.Interrupts()
-	ws.sleep, ws.fds, ws.shared, ws.uio = o.sleep, i.FDs, i.Shared, i.UIO
-	ws.oneShot = o.oneShot || i.Shared
+	ws.sleep, ws.fds, ws.shared, ws.uio, ws.rearm = o.sleep, i.FDs, i.Shared, i.UIO, i.Rearm
+	ws.oneShot = o.oneShot || i.OneShot()
 	ws.counts = make([]atomic.Uint64, d.vectors)
 	if d.observer || len(i.FDs) == 0 {
 		ws.oneShot = false
@@ -145,7 +164,9 @@ func (d *Device) Wait(ctx context.Context, vectors []int, ready func() bool) err
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	w := &waiter{vectors: vectors, ready: ready, wake: make(chan bool, 1)}
+	w := waiterPool.Get().(*waiter)
+	defer w.free()
+	w.vectors, w.ready = vectors, ready
 	done, lead, err := ws.join(w)
 	if done {
 		return err
@@ -240,17 +261,17 @@ func (ws *waiters) lead(ctx context.Context, own *waiter) error {
 		stop := context.AfterFunc(ctx, func() { ws.wakeLeader() })
 		defer stop()
 	}
-	var rung []int // vectors, nil: any may have been
+	ws.rung = nil
 	for {
 		if ws.oneShot && !ws.armed {
-			if err := ws.device.back.Store(regs.InterruptControl, regs.InterruptEnable); err != nil {
+			if err := ws.arm(); err != nil {
 				return ws.fail(own, err)
 			}
 			// What came while the device was disarmed is lost, on whichever
 			// vector: everybody has to look.
-			ws.armed, rung = true, nil
+			ws.rung = nil
 		}
-		done, err := ws.look(ctx, own, rung)
+		done, err := ws.look(ctx, own)
 		if done {
 			return err
 		}
@@ -258,22 +279,39 @@ func (ws *waiters) lead(ctx context.Context, own *waiter) error {
 		if err != nil {
 			return ws.fail(own, err)
 		}
-		rung = slices.Grow(rung[:0], 1)
+		ws.rung = ws.rungOf[:0]
+		kicked := false
 		for _, e := range events {
 			switch e.Fd {
 			case tagKick:
 				evfd.Drain(ws.kick)
+				kicked = true
 			case tagGone:
 				return ws.fail(own, ErrGone)
 			default:
 				if err := ws.count(int(e.Fd)); err != nil {
 					return ws.fail(own, err)
 				}
-				rung = append(rung, int(e.Fd))
+				ws.rung = append(ws.rung, int(e.Fd))
 				ws.armed = false
 			}
 		}
+		if kicked {
+			ws.rung = nil
+		}
 	}
+}
+
+// arm enables interrupts.
+func (ws *waiters) arm() error {
+	if err := ws.device.back.Store(regs.InterruptControl, regs.InterruptEnable); err != nil {
+		return err
+	}
+	ws.armed = true
+	if ws.rearm == nil {
+		return nil
+	}
+	return ws.rearm()
 }
 
 // count takes the interrupts of a descriptor.
@@ -304,7 +342,7 @@ func (ws *waiters) count(vector int) error {
 // look asks the conditions of the waiters that the vectors concern, wakes
 // those whose condition holds, and reports whether the leader itself is done.
 // A leader that is done has handed over.
-func (ws *waiters) look(ctx context.Context, own *waiter, rung []int) (done bool, err error) {
+func (ws *waiters) look(ctx context.Context, own *waiter) (done bool, err error) {
 	ws.mu.Lock()
 	defer ws.mu.Unlock()
 	if err = ws.end; err == nil {
@@ -318,7 +356,7 @@ func (ws *waiters) look(ctx context.Context, own *waiter, rung []int) (done bool
 		}
 	}()
 	concerned := func(w *waiter) bool {
-		return rung == nil || slices.ContainsFunc(rung, w.wants)
+		return ws.rung == nil || slices.ContainsFunc(ws.rung, w.wants)
 	}
 	ws.all = slices.DeleteFunc(ws.all, func(w *waiter) bool {
 		switch {
@@ -339,6 +377,10 @@ func (ws *waiters) look(ctx context.Context, own *waiter, rung []int) (done bool
 	}
 	return done, err
 }
+
+// Recheck makes everybody who waits ask their condition again, for conditions
+// that something in this process made true.
+func (d *Device) Recheck() { d.wait.wakeLeader() }
 
 func (ws *waiters) wakeLeader() {
 	ws.mu.Lock()

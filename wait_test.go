@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -349,4 +350,31 @@ func TestOneShotArmsOnce(t *testing.T) {
 	if n := p[0].Interrupts(1); n != 1 {
 		t.Errorf("one arm let %d interrupts through, want 1", n)
 	}
+}
+
+func TestRecheck(t *testing.T) {
+	eachWay(t, func(t *testing.T, opts []ivshmem.Option) {
+		p := ivshmemtest.Peers(t, pair, opts...)
+		var ready [3]atomic.Bool
+		var asked atomic.Int32
+		done := make(chan error, len(ready))
+		for i := range ready {
+			go func() {
+				done <- p[0].Wait(t.Context(), []int{i}, func() bool {
+					asked.Add(1)
+					return ready[i].Load()
+				})
+			}()
+		}
+		for asked.Load() < int32(len(ready)) {
+			runtime.Gosched()
+		}
+		for i := range ready {
+			ready[i].Store(true)
+			p[0].Recheck()
+			if err := <-done; err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
 }

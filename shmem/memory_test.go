@@ -57,7 +57,7 @@ func TestInputHasNoStore(t *testing.T) {
 	for i := range input.NumMethod() {
 		got = append(got, input.Method(i).Name)
 	}
-	want := []string{"Load16", "Load32", "Load64", "Load8", "Name", "ReadAt", "Size", "View"}
+	want := []string{"Load16", "Load32", "Load64", "Load8", "Name", "ReadAt", "Size", "UnsafeBytes", "View", "Words"}
 	if !slices.Equal(got, want) {
 		t.Errorf("ReadOnly has the methods %v, expected %v", got, want)
 	}
