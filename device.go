@@ -208,6 +208,12 @@ func (d *Device) OneShot() bool { return d.wait.oneShot }
 // Where they do not, one counter serves all, and each wakes every waiter.
 func (d *Device) VectorsApart() bool { return !d.wait.shared }
 
+// Delivers reports whether interrupts of a vector arrive: not all back ends
+// connect all of them.
+func (d *Device) Delivers(vector int) bool {
+	return d.wait.set != nil && vector >= 0 && vector < d.vectors && (d.wait.shared || vector < len(d.wait.fds))
+}
+
 // HasInterrupts reports whether Wait works: the back end has interrupts, and
 // the handle is the owner's.
 func (d *Device) HasInterrupts() bool { return d.wait.set != nil }

@@ -54,6 +54,13 @@ func (w *Words) Store(i, x uint64) {
 	runtime.KeepAlive(w.mem)
 }
 
+// StoreRelaxed stores word i by a plain store: peers see it before what a
+// later Store stores, and nothing else is said about when.
+func (w *Words) StoreRelaxed(i, x uint64) {
+	*(*uint64)(unsafe.Add(w.base, i&w.mask<<3)) = x
+	runtime.KeepAlive(w.mem)
+}
+
 // UnsafeBytes is n bytes at offset of the view themselves. What the slice can
 // do is no longer checked: a peer may change the bytes under the reader's
 // hands, a store to a section that is mapped read-only ends the process, an

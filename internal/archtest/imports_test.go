@@ -53,7 +53,9 @@ var rules = map[string]rule{
 
 	"": {own: []string{"regs", "shmem", "uio", "vfio", "peer", "internal/evfd", "internal/fault", "internal/sysfs"}, others: []string{unix},
 		why: "the only chooser of a way; no service, no protocol"},
-	"ivshmemtest": {own: []string{"", "link", "link/pcidev"}, why: "for tests: the service and its peers in one process"},
+	"stream": {own: []string{"", "regs", "shmem"}, others: []string{unix},
+		why: "a protocol knows a device, and not what carries it"},
+	"ivshmemtest": {own: []string{"", "link", "link/pcidev"}, others: []string{unix}, why: "for tests: the service and its peers in one process"},
 
 	"internal/pingpong": {own: []string{"", "shmem"}, others: []string{unix, "github.com/HdrHistogram/hdrhistogram-go"},
 		why: "a protocol never knows what carries it"},

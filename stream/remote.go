@@ -1,0 +1,271 @@
+package stream
+
+import (
+	"fmt"
+	"syscall"
+
+	"github.com/ivshmem-go/ivshmem/shmem"
+)
+
+// remote is another peer of the link, from its State being seen until it
+// changes.
+type remote struct {
+	id     uint32
+	epoch  uint32
+	vector uint32
+	geo    geometry
+	area   *shmem.ReadOnly
+	count  shmem.ReadWords
+	events shmem.ReadWords
+	seen   uint64 // events
+	gone   bool   // it left, or another took its place
+	// conns are the own ends of connections, by the peer's slot. Those that the
+	// peer has not answered yet are in dialing.
+	conns   []*Conn
+	dialing map[*Conn]struct{}
+	// unanswered says that there was no slot to answer a knocking peer.
+	unanswered bool
+}
+
+// remote returns a peer that is there. The caller holds ep.mu.
+func (ep *Endpoint) remote(peer uint32) (*remote, error) {
+	state, err := ep.dev.State(peer)
+	if err != nil {
+		return nil, err
+	}
+	if r := ep.remotes[peer]; r != nil {
+		if r.epoch == state {
+			return r, nil
+		}
+		ep.lose(r)
+	}
+	if state == 0 {
+		return nil, syscall.EHOSTUNREACH
+	}
+	r, err := ep.meet(peer, state)
+	if err != nil {
+		return nil, err
+	}
+	ep.remotes[peer] = r
+	r.scan(ep) // it may have knocked before
+	return r, nil
+}
+
+// meet reads the header of a peer's area, each word once.
+func (ep *Endpoint) meet(peer, state uint32) (*remote, error) {
+	area, err := ep.areas.others(peer)
+	if err != nil {
+		return nil, err
+	}
+	r := &remote{id: peer, epoch: state, area: area, dialing: map[*Conn]struct{}{}}
+	header, err := r.words(0, lineSize)
+	if err != nil {
+		return nil, err
+	}
+	if m := header.Load(wordMagic); m != magic {
+		return nil, fmt.Errorf("peer %d: %w: expected %#x at the start of its area, found %#x", peer, ErrProtocol, uint64(magic), m)
+	}
+	v := header.Load(wordVersion)
+	if uint32(v) != version {
+		return nil, fmt.Errorf("peer %d: %w: expected version %d, found %d", peer, ErrProtocol, version, uint32(v))
+	}
+	if uint32(v>>32) != state {
+		return nil, syscall.EHOSTUNREACH // it is just coming or going
+	}
+	if r.geo, err = parseGeometry(header.Load(wordGeometry), ep.areas.size); err != nil {
+		return nil, ep.violation(peer, err)
+	}
+	r.vector = uint32(header.Load(wordVector))
+	if r.vector != noVector && uint64(r.vector) >= uint64(ep.dev.Vectors()) {
+		return nil, ep.violation(peer, &ViolationError{Field: "vector", Value: uint64(r.vector), Bound: fmt.Sprintf("below %d", ep.dev.Vectors())})
+	}
+	if r.count, err = r.words(8*wordCounter, lineSize); err != nil {
+		return nil, err
+	}
+	if r.events, err = r.words(headerSize, r.geo.events*8); err != nil {
+		return nil, err
+	}
+	r.seen = r.count.Load(0)
+	r.conns = make([]*Conn, r.geo.slots)
+	return r, nil
+}
+
+func (r *remote) words(offset, size uint64) (shmem.ReadWords, error) {
+	v, err := r.area.View(offset, size)
+	if err != nil {
+		return shmem.ReadWords{}, err
+	}
+	return v.Words()
+}
+
+// violation counts what a peer did, and names it.
+func (ep *Endpoint) violation(peer uint32, err error) error {
+	if v, ok := err.(*ViolationError); ok {
+		v.Peer = peer
+		ep.stats.Violations++
+	}
+	return err
+}
+
+// lookAtStates finds out who came and who left. The caller holds ep.mu.
+func (ep *Endpoint) lookAtStates() {
+	for peer := range ep.dev.MaxPeers() {
+		if peer != ep.dev.ID() {
+			// Whoever speaks something else is told when dialed.
+			ep.remote(peer)
+		}
+	}
+}
+
+// lose ends what there is with a peer that left. The caller holds ep.mu.
+func (ep *Endpoint) lose(r *remote) {
+	delete(ep.remotes, r.id)
+	r.gone = true
+	for c := range r.dialing {
+		c.breakOff(syscall.ECONNRESET)
+	}
+	for _, c := range r.conns {
+		if c != nil {
+			c.breakOff(syscall.ECONNRESET)
+			c.reap()
+		}
+	}
+}
+
+// pollLocked looks at what the peers have to say. The caller holds ep.mu.
+func (ep *Endpoint) pollLocked() {
+	if ep.err != nil {
+		return
+	}
+	// States change with an interrupt on vector 0; without interrupts, any
+	// time.
+	if n := ep.dev.Interrupts(0); n != ep.seen || !ep.dev.HasInterrupts() {
+		ep.seen = n
+		ep.lookAtStates()
+	}
+	for _, r := range ep.remotes {
+		if n := r.count.Load(0); n != r.seen {
+			r.take(ep, n)
+		}
+	}
+}
+
+// take takes the events up to n out of the peer's ring. The peer does not wait
+// for it: what was overwritten makes up for itself by a look at everything.
+func (r *remote) take(ep *Endpoint, n uint64) {
+	from := r.seen
+	r.seen = n
+	if n-from > r.geo.events {
+		r.scan(ep)
+		return
+	}
+	for i := from; i != n; i++ {
+		e := r.events.Load(i)
+		if slot := uint32(e); uint32(e>>32) == ep.dev.ID() && slot < r.geo.slots {
+			r.handle(ep, slot)
+		}
+	}
+	if r.count.Load(0)-from > r.geo.events {
+		r.scan(ep)
+	}
+}
+
+// scan looks at all slots of the peer.
+func (r *remote) scan(ep *Endpoint) {
+	for slot := range r.geo.slots {
+		r.handle(ep, slot)
+	}
+}
+
+// block is the control block of a slot of the peer.
+func (r *remote) block(slot uint32) (shmem.ReadWords, error) {
+	return r.words(r.geo.blocksOffset()+uint64(slot)*slotSize, slotSize)
+}
+
+// describe reads a slot's descriptor: not to be relied upon unless the ID is
+// the same before and after.
+func (r *remote) describe(slot uint32) (d descriptor, ok bool) {
+	b, err := r.block(slot)
+	if err != nil {
+		return d, false
+	}
+	var w [4]uint64
+	for i := range w {
+		w[i] = b.Load(uint64(i))
+	}
+	d.parse(w)
+	return d, b.Load(slotID) == d.id
+}
+
+// handle looks at a slot of the peer. The caller holds ep.mu.
+func (r *remote) handle(ep *Endpoint, slot uint32) {
+	d, ok := r.describe(slot)
+	if !ok {
+		return // it changes right now, and the peer will say so
+	}
+	if c := r.conns[slot]; c != nil {
+		if d.id == c.id {
+			c.update(d.state)
+			return
+		}
+		c.breakOff(syscall.ECONNRESET)
+		c.reap()
+		if r.conns[slot] != nil {
+			r.unanswered = true // the own side has to close first
+			return
+		}
+	}
+	if d.id == 0 || d.peer != ep.dev.ID() || d.epoch != ep.epoch {
+		return
+	}
+	switch d.state {
+	case slotDialing:
+		ep.admit(r, slot, d)
+	case slotOpen, slotRefused:
+		ep.answer(r, slot, d)
+	}
+}
+
+// answer is a peer's answer to the own knocking.
+func (ep *Endpoint) answer(r *remote, slot uint32, d descriptor) {
+	if uint64(d.slot) >= uint64(len(ep.conns)) {
+		return
+	}
+	c := ep.conns[d.slot]
+	if c == nil || c.id != d.id || c.peer != r || c.answered.Load() != 0 {
+		return
+	}
+	if d.state == slotOpen {
+		if err := c.connect(slot); err != nil {
+			c.breakOff(err)
+			return
+		}
+		c.describe(descriptor{state: slotOpen, slot: slot, port: c.remotePort})
+	}
+	c.answered.Store(d.state)
+	ep.rouse(&c.read.waiter)
+}
+
+// admit is a peer's knocking: it gets a connection, or is refused.
+func (ep *Endpoint) admit(r *remote, slot uint32, d descriptor) {
+	c, err := ep.newConn(r, d.id, d.port, d.slot)
+	if err == nil {
+		err = c.connect(slot)
+	}
+	if err != nil { // no slot, not even to say so
+		r.unanswered = true
+		return
+	}
+	// The last slot is kept for refusals.
+	l := ep.listeners[d.port]
+	if l == nil || len(l.backlog) >= backlogLimit || len(ep.free) == 0 && len(ep.conns) > 1 {
+		c.describe(descriptor{state: slotRefused, slot: slot, port: d.port})
+		c.finished = true
+		ep.notify(r, c.slot)
+		return
+	}
+	c.describe(descriptor{state: slotOpen, slot: slot, port: d.port})
+	ep.notify(r, c.slot)
+	l.backlog = append(l.backlog, c)
+	l.wakeOne()
+}

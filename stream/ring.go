@@ -1,0 +1,134 @@
+package stream
+
+import (
+	"github.com/ivshmem-go/ivshmem/shmem"
+)
+
+// sender writes records into the own ring of a connection. Positions count
+// bytes and never wrap; where in the ring they are is their remainder.
+type sender struct {
+	ring  *shmem.ReadWrite
+	words shmem.Words
+	size  uint64
+	block shmem.Words     // own control block
+	peer  shmem.ReadWords // the peer's
+	tail  uint64          // where the next record goes
+	head  uint64          // how far the peer has read, as last seen
+
+	// staged is the header of the first record that is written but not yet to
+	// be seen, 0 if there is none, and stagedAt its position.
+	staged, stagedAt uint64
+}
+
+// refresh looks how far the peer has read.
+func (s *sender) refresh() error {
+	head := s.peer.Load(slotHead)
+	if head < s.head || head > s.tail || head%8 != 0 {
+		return &ViolationError{Field: "position read", Value: head, Bound: "from what it was to what was written"}
+	}
+	s.head = head
+	return nil
+}
+
+// free is how many bytes can be written, headers included, and the word of 0
+// behind them.
+func (s *sender) free() uint64 { return s.size - (s.tail - s.head) }
+
+// room is how many bytes there are up to the end of the ring. It is at least
+// the size of a header.
+func (s *sender) room() uint64 { return s.size - s.tail&(s.size-1) }
+
+// stage writes a record, which the peer does not see before commit. The caller
+// has looked for room and free space.
+func (s *sender) stage(p []byte, flags uint64) error {
+	if len(p) > 0 {
+		if _, err := s.ring.WriteAt(p, int64(s.tail&(s.size-1)+recordHeader)); err != nil {
+			return err
+		}
+	}
+	s.stageHeader(uint64(len(p)), flags)
+	return nil
+}
+
+func (s *sender) stageHeader(n, flags uint64) {
+	header := n | flags | recordValid
+	next := s.tail + recordHeader + pad(n)
+	if flags&recordFin == 0 {
+		s.words.StoreRelaxed(next/8, 0)
+	}
+	if s.staged == 0 {
+		s.staged, s.stagedAt = header, s.tail
+	} else {
+		s.words.StoreRelaxed(s.tail/8, header)
+	}
+	s.tail = next
+}
+
+// commit makes what was staged visible, and reports whether the peer waits for
+// it and has to be rung.
+func (s *sender) commit() (ring bool) {
+	if s.staged == 0 {
+		return false
+	}
+	s.words.Store(s.stagedAt/8, s.staged)
+	s.staged = 0
+	return passed(s.peer.Load(slotDataEvent), s.stagedAt, s.tail)
+}
+
+// passed reports whether going from one position to another passes an event.
+func passed(event, from, to uint64) bool { return from < event && event <= to }
+
+// receiver reads records from the peer's ring of a connection.
+type receiver struct {
+	ring  *shmem.ReadOnly
+	words shmem.ReadWords
+	size  uint64
+	block shmem.Words     // own control block
+	peer  shmem.ReadWords // the peer's
+	head  uint64          // position of the record that is being read
+
+	n, off uint64 // bytes in that record, and how many of them were read
+	flags  uint64 // of that record, 0: it was not looked at yet
+	fin    bool   // nothing comes any more
+}
+
+// ready reports whether there is a record to read.
+func (r *receiver) ready() bool { return r.flags != 0 || r.words.Load(r.head/8) != 0 }
+
+// next looks at the record, if there is one.
+func (r *receiver) next() (ok bool, err error) {
+	if r.flags != 0 {
+		return true, nil
+	}
+	header := r.words.Load(r.head / 8)
+	if header == 0 {
+		return false, nil
+	}
+	if err := checkRecord(header, r.head, r.size); err != nil {
+		return false, err
+	}
+	r.n, r.off, r.flags = header&lengthMask, 0, header&recordFlags
+	return true, nil
+}
+
+// copy reads bytes of the record.
+func (r *receiver) copy(p []byte) (int, error) {
+	n := min(uint64(len(p)), r.n-r.off)
+	if n > 0 {
+		if _, err := r.ring.ReadAt(p[:n], int64(r.head&(r.size-1)+recordHeader+r.off)); err != nil {
+			return 0, err
+		}
+		r.off += n
+	}
+	return int(n), nil
+}
+
+// done ends the record, and reports whether the peer waits for its room and
+// has to be rung.
+func (r *receiver) done() (ring bool) {
+	from := r.head
+	r.head += recordHeader + pad(r.n)
+	r.flags, r.n, r.off = 0, 0, 0
+	r.block.Store(slotHead, r.head)
+	return passed(r.peer.Load(slotSpaceEvent), from, r.head)
+}
