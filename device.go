@@ -62,7 +62,7 @@ func New(b Backend, opts ...Option) (*Device, error) {
 	d := &Device{back: b, observer: o.observer, release: o.release, wait: waiters{kick: -1}}
 	err := d.identify()
 	if err == nil && !d.observer {
-		err = d.setOneShot(o.oneShot || b.Interrupts().Shared)
+		err = d.setOneShot(o.oneShot || b.Interrupts().OneShot())
 	}
 	if err == nil {
 		err = d.wait.init(d, o)
@@ -176,8 +176,7 @@ func (d *Device) start() error {
 	if d.wait.set == nil {
 		return nil // nobody would see an interrupt
 	}
-	d.wait.armed = true
-	return d.back.Store(regs.InterruptControl, regs.InterruptEnable)
+	return d.wait.arm()
 }
 
 // Address is the PCI address or socket path of the device.

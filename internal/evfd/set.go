@@ -22,12 +22,21 @@ type Interrupts struct {
 	// Shared says that the one descriptor in FDs counts the interrupts of all
 	// vectors, and that the driver behind it has switched one-shot mode on.
 	Shared bool
+	// Rearm lets the next interrupt through, where each masks its descriptor:
+	// INTx. It follows a write to Interrupt Control, never precedes it: an
+	// emulator may hold the line until a register is accessed, and a line
+	// that is let through before that ends in a storm. nil: nothing to do.
+	Rearm func() error
 	// Vectors is the number of the device's vectors, where the driver knows
 	// it; 0: the configuration space tells.
 	Vectors int
 	// Gone tells when the device goes away.
 	Gone Source
 }
+
+// OneShot reports whether one-shot mode has to be on, so that every interrupt
+// is followed by a write to Interrupt Control.
+func (i Interrupts) OneShot() bool { return i.Shared || i.Rearm != nil }
 
 // Source is a descriptor, and the events of epoll(7) to look for: EPOLLRDHUP of
 // a socket, EPOLLIN of an eventfd. Without events there is none.
