@@ -29,3 +29,8 @@ TEXT ·store16(SB), NOSPLIT, $0-10
 	MOVW v+8(FP), AX
 	MOVW AX, (DI)
 	RET
+
+// func Pause()
+TEXT ·Pause(SB), NOSPLIT, $0-0
+	PAUSE
+	RET

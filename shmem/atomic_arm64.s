@@ -27,3 +27,8 @@ TEXT ·store16(SB), NOSPLIT, $0-10
 	MOVHU v+8(FP), R1
 	STLRH R1, (R0)
 	RET
+
+// func Pause()
+TEXT ·Pause(SB), NOSPLIT, $0-0
+	YIELD
+	RET

@@ -34,6 +34,20 @@ func (w *ReadWords) Load(i uint64) uint64 {
 	return x
 }
 
+// Copy copies bytes into p from a byte position, which wraps like an index, up
+// to the end of the view, and returns how many. See ReadAt for alignment and
+// atomicity.
+func (w *ReadWords) Copy(p []byte, position uint64) int {
+	size := (w.mask + 1) << 3
+	position &= size - 1
+	p = p[:min(uint64(len(p)), size-position)]
+	if len(p) > 0 {
+		copyFrom(p, unsafe.Add(w.base, position))
+	}
+	runtime.KeepAlive(w.mem)
+	return len(p)
+}
+
 // Words is ReadWords of a view that can store. After Close of the memory what
 // is stored goes nowhere.
 type Words struct{ readWords }
@@ -59,6 +73,20 @@ func (w *Words) Store(i, x uint64) {
 func (w *Words) StoreRelaxed(i, x uint64) {
 	*(*uint64)(unsafe.Add(w.base, i&w.mask<<3)) = x
 	runtime.KeepAlive(w.mem)
+}
+
+// Write copies p to a byte position, which wraps like an index, as far as it
+// fits before the end of the view, and returns how much that is. See WriteAt
+// for alignment and atomicity.
+func (w *Words) Write(p []byte, position uint64) int {
+	size := (w.mask + 1) << 3
+	position &= size - 1
+	p = p[:min(uint64(len(p)), size-position)]
+	if len(p) > 0 {
+		copyTo(unsafe.Add(w.base, position), p)
+	}
+	runtime.KeepAlive(w.mem)
+	return len(p)
 }
 
 // UnsafeBytes is n bytes at offset of the view themselves. What the slice can

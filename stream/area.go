@@ -160,10 +160,14 @@ const (
 	recordEnd     = 1 << 33 // of a message
 	recordPadding = 1 << 34 // nothing but room up to the end of the ring
 	recordFin     = 1 << 35 // the last one
-	recordFlags   = recordValid | recordEnd | recordPadding | recordFin
+	recordPacked  = 1 << 36 // whole messages: of each its length in a word, and its bytes, padded
+	recordFlags   = recordValid | recordEnd | recordPadding | recordFin | recordPacked
 
 	lengthMask   = 1<<32 - 1
 	recordHeader = 8
+	// maxPacked is the most bytes of a packed record: the reader copies it in
+	// one piece.
+	maxPacked = 16 << 10
 )
 
 func pad(n uint64) uint64 { return (n + 7) &^ 7 }
@@ -179,6 +183,8 @@ func checkRecord(header, position, ring uint64) error {
 		return &ViolationError{Field: "record length", Value: n, Bound: fmt.Sprintf("at most %d", room)}
 	case header&recordPadding != 0 && n != room:
 		return &ViolationError{Field: "padding", Value: n, Bound: fmt.Sprintf("exactly %d", room)}
+	case header&recordPacked != 0 && n > maxPacked:
+		return &ViolationError{Field: "packed record length", Value: n, Bound: fmt.Sprintf("at most %d", maxPacked)}
 	}
 	return nil
 }

@@ -32,6 +32,8 @@ type Conn struct {
 
 	read, write half
 	rx          receiver // of read.mu
+	packed      []byte   // of read.mu: messages of a packed record that were not read yet
+	packing     []byte   // where they are copied to
 	tx          sender   // of write.mu
 	need        uint64   // free space that a writer waits for
 
@@ -92,6 +94,7 @@ func (c *Conn) open() error {
 	block.Store(slotSpaceEvent, 0)
 	c.read.init(ep, c.rx.ready)
 	c.write.init(ep, c.hasSpace)
+	c.read.rx = &c.rx
 	c.read.arm = func() { block.Store(slotDataEvent, c.rx.head+1) }
 	c.write.arm = func() { block.Store(slotSpaceEvent, c.tx.tail+c.need-c.tx.size) }
 	return nil
@@ -226,9 +229,6 @@ func (c *Conn) fault(h *half) error {
 
 // violate breaks the connection because of what the peer wrote.
 func (c *Conn) violate(err error) error {
-	if errors.Is(err, os.ErrClosed) { // the memory
-		return net.ErrClosed
-	}
 	c.ep.mu.Lock()
 	defer c.ep.unlock()
 	if c.rx.peer.Load(slotID) == c.id {

@@ -291,7 +291,7 @@ func (ep *Endpoint) dial(ctx context.Context, peer, port uint32) (*Conn, error) 
 	defer ep.unlock()
 	switch {
 	case c.answered.Load() == slotOpen && c.read.stop.And(^uint32(stopDeadline))&stopBroken == 0:
-		c.read.ready = c.rx.ready
+		c.read.ready, c.read.rx = c.rx.ready, &c.rx
 		return c, nil
 	case c.answered.Load() == slotRefused:
 		err = syscall.ECONNREFUSED
@@ -325,6 +325,7 @@ func (ep *Endpoint) knock(peer, port uint32) (*Conn, error) {
 		return nil, err
 	}
 	r.dialing[c] = struct{}{}
+	c.read.rx = nil
 	c.read.ready = func() bool { return c.answered.Load() != 0 }
 	c.describe(descriptor{state: slotDialing, slot: c.localPort, port: port})
 	ep.notify(r, c.slot)

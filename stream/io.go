@@ -1,6 +1,7 @@
 package stream
 
 import (
+	"encoding/binary"
 	"errors"
 	"io"
 	"syscall"
@@ -14,6 +15,10 @@ const chunk = 16 << 10
 // last one. The caller holds read.mu.
 func (c *Conn) fill() error {
 	for {
+		// What is almost always so, first.
+		if ok, _ := c.rx.next(); ok && c.rx.flags&(recordPadding|recordFin) == 0 && c.read.stop.Load() == 0 {
+			return nil
+		}
 		if err := c.fault(&c.read); err != nil {
 			return err
 		}
@@ -25,6 +30,9 @@ func (c *Conn) fill() error {
 			return c.violate(err)
 		}
 		if !ok {
+			if c.rx.tell() {
+				c.ring()
+			}
 			c.read.wait(c.read.arm)
 			continue
 		}
@@ -55,6 +63,10 @@ func (c *Conn) same() error {
 	if c.rx.peer.Load(slotID) == c.id {
 		return nil
 	}
+	return c.lost()
+}
+
+func (c *Conn) lost() error {
 	c.ep.mu.Lock()
 	defer c.ep.unlock()
 	c.breakOff(syscall.ECONNRESET)
@@ -79,10 +91,10 @@ func (c *Conn) Read(p []byte) (int, error) {
 			}
 			return 0, c.opError("read", err)
 		}
-		m, err := c.rx.copy(p[n:])
-		if err != nil {
-			return n, c.opError("read", c.violate(err))
+		if c.rx.flags&recordPacked != 0 {
+			return n, c.opError("read", c.violate(&ViolationError{Field: "record", Value: c.rx.flags >> 32, Bound: "bytes, not packed messages"}))
 		}
+		m := c.rx.copy(p[n:])
 		if c.rx.off == c.rx.n {
 			c.endRecord()
 		}
@@ -100,35 +112,80 @@ func (c *Conn) Read(p []byte) (int, error) {
 // longer than p is lost from there on, with [io.ErrShortBuffer].
 func (c *Conn) Receive(p []byte) (int, error) {
 	c.read.mu.Lock()
-	defer c.read.mu.Unlock()
-	n := 0
+	n, err := c.receive(p)
+	c.read.mu.Unlock()
+	if err != nil {
+		err = c.opError("receive", err)
+	}
+	return n, err
+}
+
+func (c *Conn) receive(p []byte) (n int, err error) {
 	short := false
 	for {
+		if len(c.packed) > 0 {
+			if err := c.fault(&c.read); err != nil {
+				return 0, err
+			}
+			return c.unpack(p)
+		}
 		if err := c.fill(); err != nil {
 			if n > 0 && err == io.EOF {
 				err = io.ErrUnexpectedEOF
 			}
-			return 0, c.opError("receive", err)
+			return 0, err
 		}
-		m, err := c.rx.copy(p[n:])
-		if err != nil {
-			return 0, c.opError("receive", c.violate(err))
+		if c.rx.flags&recordPacked != 0 && n == 0 {
+			if err := c.takePacked(); err != nil {
+				return 0, err
+			}
+			continue
 		}
-		n += m
+		n += c.rx.copy(p[n:])
 		short = short || c.rx.off < c.rx.n
 		end := c.rx.flags&recordEnd != 0
 		c.endRecord()
 		if err := c.same(); err != nil {
-			return 0, c.opError("receive", err)
+			return 0, err
 		}
-		if !end {
-			continue
+		switch {
+		case !end:
+		case short:
+			return n, io.ErrShortBuffer
+		default:
+			return n, nil
 		}
-		if short {
-			return n, c.opError("receive", io.ErrShortBuffer)
-		}
-		return n, nil
 	}
+}
+
+// takePacked copies a packed record as it is: its messages are then looked at
+// where the peer cannot change them.
+func (c *Conn) takePacked() error {
+	if cap(c.packing) == 0 {
+		c.packing = make([]byte, maxPacked)
+	}
+	c.packed = c.packing[:c.rx.copy(c.packing)]
+	c.endRecord()
+	return c.same()
+}
+
+// unpack reads a message of a packed record.
+func (c *Conn) unpack(p []byte) (int, error) {
+	n := uint64(len(c.packed))
+	if n >= 8 {
+		n = binary.LittleEndian.Uint64(c.packed)
+	}
+	if n > uint64(len(c.packed)) || pad(n)+8 > uint64(len(c.packed)) {
+		c.packed = nil
+		return 0, c.violate(&ViolationError{Field: "length of a packed message", Value: n, Bound: "to stay inside its record"})
+	}
+	m := c.packed[8 : 8+n]
+	c.packed = c.packed[8+pad(n):]
+	copy(p, m)
+	if len(p) < len(m) {
+		return len(p), io.ErrShortBuffer
+	}
+	return len(m), nil
 }
 
 // await waits until need bytes are free in the ring. The caller holds write.mu.
@@ -159,6 +216,16 @@ func (c *Conn) flush() {
 	}
 }
 
+// stage stages p as one record if there is nothing in the way.
+func (c *Conn) stage(p []byte, flags uint64) bool {
+	n := uint64(len(p))
+	if c.write.stop.Load() != 0 || n > chunk || n > c.tx.room()-recordHeader || pad(n)+2*recordHeader > c.tx.free() {
+		return false
+	}
+	c.tx.stage(p, flags)
+	return true
+}
+
 // put stages p as one message, or a part of the stream, in as many records as
 // it takes, and returns how much of it was staged.
 func (c *Conn) put(p []byte, end uint64) (int, error) {
@@ -174,9 +241,7 @@ func (c *Conn) put(p []byte, end uint64) (int, error) {
 		if n+int(fit) == len(p) {
 			flags = end
 		}
-		if err := c.tx.stage(p[n:n+int(fit)], flags); err != nil {
-			return n, c.violate(err)
-		}
+		c.tx.stage(p[n:n+int(fit)], flags)
 		n += int(fit)
 		if n == len(p) {
 			return n, nil
@@ -192,6 +257,10 @@ func (c *Conn) Write(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, c.opError("write", c.fault(&c.write))
 	}
+	if c.stage(p, 0) {
+		c.flush()
+		return len(p), nil
+	}
 	n, err := c.put(p, 0)
 	c.flush()
 	return n, c.opError("write", err)
@@ -202,25 +271,67 @@ func (c *Conn) Write(p []byte) (int, error) {
 // messages.
 func (c *Conn) Send(p []byte) error {
 	c.write.mu.Lock()
-	defer c.write.mu.Unlock()
-	_, err := c.put(p, recordEnd)
+	var err error
+	if !c.stage(p, recordEnd) {
+		_, err = c.put(p, recordEnd)
+	}
 	c.flush()
-	return c.opError("send", err)
+	c.write.mu.Unlock()
+	if err != nil {
+		err = c.opError("send", err)
+	}
+	return err
 }
 
-// SendAll writes messages that the peer sees at once, as far as they fit its
-// ring, and returns how many were written: much faster than one by one.
+// SendAll writes messages, many at once where they are short: much faster than
+// one by one. It returns how many were written.
 func (c *Conn) SendAll(messages [][]byte) (int, error) {
 	c.write.mu.Lock()
 	defer c.write.mu.Unlock()
-	for i, m := range messages {
-		if _, err := c.put(m, recordEnd); err != nil {
+	for i := 0; i < len(messages); {
+		if n := c.pack(messages[i:]); n > 0 {
+			i += n
+		} else if _, err := c.put(messages[i], recordEnd); err != nil {
 			c.flush()
 			return i, c.opError("send", err)
+		} else {
+			i++
+		}
+		c.flush()
+	}
+	return len(messages), nil
+}
+
+// pack stages a packed record of as many messages as fit right now, and
+// returns how many.
+func (c *Conn) pack(messages [][]byte) int {
+	t := &c.tx
+	if c.write.stop.Load() != 0 {
+		return 0
+	}
+	if t.free() < t.size/2 {
+		if t.refresh() != nil { // put will say so
+			return 0
 		}
 	}
-	c.flush()
-	return len(messages), nil
+	room := min(maxPacked, t.size/4, t.room()-recordHeader, t.free()-min(t.free(), 2*recordHeader))
+	at := t.tail + recordHeader
+	used := uint64(0)
+	n := 0
+	for _, m := range messages {
+		need := 8 + pad(uint64(len(m)))
+		if need > room-used {
+			break
+		}
+		t.words.StoreRelaxed((at+used)/8, uint64(len(m)))
+		t.words.Write(m, at+used+8)
+		used += need
+		n++
+	}
+	if n > 0 {
+		t.stageHeader(used, recordPacked)
+	}
+	return n
 }
 
 // ErrMessageTooLong says that something does not fit a ring in one piece.

@@ -1,6 +1,9 @@
 package stream
 
 import (
+	"runtime"
+	"sync/atomic"
+
 	"github.com/ivshmem-go/ivshmem/shmem"
 )
 
@@ -40,14 +43,9 @@ func (s *sender) room() uint64 { return s.size - s.tail&(s.size-1) }
 
 // stage writes a record, which the peer does not see before commit. The caller
 // has looked for room and free space.
-func (s *sender) stage(p []byte, flags uint64) error {
-	if len(p) > 0 {
-		if _, err := s.ring.WriteAt(p, int64(s.tail&(s.size-1)+recordHeader)); err != nil {
-			return err
-		}
-	}
+func (s *sender) stage(p []byte, flags uint64) {
+	s.words.Write(p, s.tail+recordHeader)
 	s.stageHeader(uint64(len(p)), flags)
-	return nil
 }
 
 func (s *sender) stageHeader(n, flags uint64) {
@@ -86,6 +84,7 @@ type receiver struct {
 	block shmem.Words     // own control block
 	peer  shmem.ReadWords // the peer's
 	head  uint64          // position of the record that is being read
+	told  uint64          // the position that the peer knows
 
 	n, off uint64 // bytes in that record, and how many of them were read
 	flags  uint64 // of that record, 0: it was not looked at yet
@@ -94,6 +93,19 @@ type receiver struct {
 
 // ready reports whether there is a record to read.
 func (r *receiver) ready() bool { return r.flags != 0 || r.words.Load(r.head/8) != 0 }
+
+// glances looks a few times for a record, or for a reason to stop: the loop
+// whose speed is the latency of polling.
+func (r *receiver) glances(stop *atomic.Uint32) bool {
+	words, at := r.words, r.head/8
+	for range spinStride {
+		if words.Load(at) != 0 || stop.Load() != 0 {
+			return true
+		}
+		shmem.Pause()
+	}
+	return false
+}
 
 // next looks at the record, if there is one.
 func (r *receiver) next() (ok bool, err error) {
@@ -112,23 +124,38 @@ func (r *receiver) next() (ok bool, err error) {
 }
 
 // copy reads bytes of the record.
-func (r *receiver) copy(p []byte) (int, error) {
-	n := min(uint64(len(p)), r.n-r.off)
-	if n > 0 {
-		if _, err := r.ring.ReadAt(p[:n], int64(r.head&(r.size-1)+recordHeader+r.off)); err != nil {
-			return 0, err
-		}
-		r.off += n
-	}
-	return int(n), nil
+func (r *receiver) copy(p []byte) int {
+	p = p[:min(uint64(len(p)), r.n-r.off)]
+	r.words.Copy(p, r.head+recordHeader+r.off)
+	r.off += uint64(len(p))
+	return len(p)
 }
 
-// done ends the record, and reports whether the peer waits for its room and
-// has to be rung.
+// done ends the record. The peer learns of it at once only where that is
+// due: telling it costs as much as a small message.
 func (r *receiver) done() (ring bool) {
-	from := r.head
 	r.head += recordHeader + pad(r.n)
 	r.flags, r.n, r.off = 0, 0, 0
+	if !tellLate || r.head-r.told >= r.size/8 {
+		return r.tell()
+	}
+	return false
+}
+
+// tellLate says that a load follows earlier loads on this machine without more
+// ado. Elsewhere the store of the own position keeps the order between reading
+// a record and looking whether the connection is still the same.
+const tellLate = runtime.GOARCH == "amd64"
+
+// tell publishes the own position, and reports whether the peer waits for it
+// and has to be rung. It has to be called before the reader waits, so that
+// a peer that waits for room gets all there is.
+func (r *receiver) tell() (ring bool) {
+	from := r.told
+	if from == r.head {
+		return false
+	}
+	r.told = r.head
 	r.block.Store(slotHead, r.head)
 	return passed(r.peer.Load(slotSpaceEvent), from, r.head)
 }

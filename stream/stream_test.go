@@ -1,8 +1,10 @@
 package stream_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"syscall"
@@ -146,5 +148,81 @@ func TestMessages(t *testing.T) {
 			}
 			b.Close()
 		})
+	}
+}
+
+func TestSendAll(t *testing.T) {
+	for name, l := range links {
+		for _, ring := range []uint64{512, 4096, 16384} {
+			t.Run(fmt.Sprint(name, ring), func(t *testing.T) {
+				eps := endpoints(t, l, stream.Config{Ring: ring})
+				a, b := connect(t, eps[0], eps[1], 7)
+				var batch [][]byte
+				for n := range 90 {
+					batch = append(batch, bytes.Repeat([]byte{byte(n)}, n*n%531))
+				}
+				const rounds = 50
+				go func() {
+					for range rounds {
+						if n, err := a.SendAll(batch); err != nil || n != len(batch) {
+							t.Error(n, err)
+							return
+						}
+					}
+					a.Close()
+				}()
+				buf := make([]byte, 600)
+				for range rounds {
+					for i, want := range batch {
+						n, err := b.Receive(buf)
+						if err != nil || !bytes.Equal(buf[:n], want) {
+							t.Fatalf("message %d: %d bytes, %v, want %d", i, n, err, len(want))
+						}
+					}
+				}
+				if _, err := b.Receive(buf); err != io.EOF {
+					t.Errorf("after the end: %v, want EOF", err)
+				}
+				b.Close()
+			})
+		}
+	}
+}
+
+func TestUnsafe(t *testing.T) {
+	eps := endpoints(t, links["output sections"], stream.Config{Ring: 1024})
+	a, b := connect(t, eps[0], eps[1], 7)
+	go func() {
+		for i := range 1000 {
+			n := i % 250
+			p, err := a.UnsafeReserve(n + 5)
+			if err != nil || len(p) != n+5 {
+				t.Error(len(p), err)
+				return
+			}
+			for j := range p[:n] {
+				p[j] = byte(i)
+			}
+			if err := a.UnsafeCommit(n); err != nil {
+				t.Error(err)
+			}
+		}
+		a.Close()
+	}()
+	for i := range 1000 {
+		p, end, err := b.UnsafePeek()
+		if err != nil || !end || !bytes.Equal(p, bytes.Repeat([]byte{byte(i)}, i%250)) {
+			t.Fatalf("message %d: %d bytes, end %v, %v", i, len(p), end, err)
+		}
+		if err := b.UnsafeRelease(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, _, err := b.UnsafePeek(); err != io.EOF {
+		t.Errorf("after the end: %v, want EOF", err)
+	}
+	b.Close()
+	if _, err := b.UnsafeReserve(300); !errors.Is(err, stream.ErrMessageTooLong) {
+		t.Errorf("reserved more than a quarter: %v", err)
 	}
 }

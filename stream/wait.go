@@ -49,6 +49,8 @@ type waiter struct {
 	// ready is the condition. It is called with ep.mu held or not, and looks
 	// at memory only.
 	ready func() bool
+	// rx is the receiver of which ready is the condition, nil: another.
+	rx *receiver
 	// stop has reasons to end the wait, whatever the condition.
 	stop atomic.Uint32
 
@@ -116,26 +118,37 @@ func (w *waiter) adapt(arm func()) {
 func (w *waiter) look(limit time.Duration) bool {
 	var end time.Time
 	for i := 1; ; i++ {
-		if w.done() {
+		if w.glances() {
 			return true
 		}
-		if i%spinStride != 0 {
-			continue
-		}
-		if limit > 0 {
+		switch {
+		case limit > 0:
 			now := time.Now()
 			if end.IsZero() {
 				end = now.Add(limit)
 			} else if now.After(end) {
 				return false
 			}
-		} else if lonely && i%(64*spinStride) == 0 {
+		case lonely && i%64 == 0:
 			// The peer may be another process that needs the only CPU.
 			// Yielding to the kernel, not to Go's scheduler: that would hand
 			// the thread over.
 			unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
 		}
 	}
+}
+
+// glances looks a few times in a row.
+func (w *waiter) glances() bool {
+	if w.rx != nil {
+		return w.rx.glances(&w.stop)
+	}
+	for range spinStride {
+		if w.done() {
+			return true
+		}
+	}
+	return false
 }
 
 // A machine with fewer CPUs than spinners gets slower by every one of them.
