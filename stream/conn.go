@@ -149,16 +149,22 @@ func (c *Conn) update(state uint32) {
 }
 
 // breakOff ends the connection by an error. The caller holds ep.mu.
-func (c *Conn) breakOff(err error) {
-	if c.err != nil || c.finished {
+func (c *Conn) breakOff(err error) { c.end(err, stopBroken) }
+
+// end ends the connection by an error; reading may go on as far as it can. The
+// caller holds ep.mu.
+func (c *Conn) end(err error, reading uint32) {
+	if c.finished || c.err != nil && c.read.stop.Load()&reading != 0 {
 		return
 	}
-	c.err = err
-	c.ep.stats.Resets++
-	for _, w := range []*waiter{&c.read.waiter, &c.write.waiter} {
-		w.stop.Or(stopBroken)
-		c.ep.rouse(w)
+	if c.err == nil {
+		c.err = err
+		c.ep.stats.Resets++
 	}
+	c.read.stop.Or(reading)
+	c.write.stop.Or(stopBroken)
+	c.ep.rouse(&c.read.waiter)
+	c.ep.rouse(&c.write.waiter)
 }
 
 // reap gives the slot back once nobody needs it: the own side has closed, and
@@ -219,7 +225,9 @@ func (c *Conn) fault(h *half) error {
 		return net.ErrClosed
 	case stop&stopDeadline != 0:
 		return os.ErrDeadlineExceeded
-	case stop&stopBroken != 0:
+	case stop == stopLost && h == &c.read && c.rx.ready():
+		return nil
+	case stop&(stopBroken|stopLost) != 0:
 		c.ep.mu.Lock()
 		defer c.ep.mu.Unlock()
 		return c.err

@@ -16,7 +16,7 @@ const chunk = 16 << 10
 func (c *Conn) fill() error {
 	for {
 		// What is almost always so, first.
-		if ok, _ := c.rx.next(); ok && c.rx.flags&(recordPadding|recordFin) == 0 && c.read.stop.Load() == 0 {
+		if ok, _ := c.rx.next(); ok && c.rx.flags&(recordPadding|recordFin) == 0 && c.read.stop.Load()&^stopLost == 0 {
 			return nil
 		}
 		if err := c.fault(&c.read); err != nil {

@@ -126,7 +126,7 @@ func (ep *Endpoint) lose(r *remote) {
 	}
 	for _, c := range r.conns {
 		if c != nil {
-			c.breakOff(syscall.ECONNRESET)
+			c.end(syscall.ECONNRESET, stopLost)
 			c.reap()
 		}
 	}

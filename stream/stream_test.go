@@ -226,3 +226,45 @@ func TestUnsafe(t *testing.T) {
 		t.Errorf("reserved more than a quarter: %v", err)
 	}
 }
+
+// What a peer wrote before it left can be read, and its end seen.
+func TestPeerLeaves(t *testing.T) {
+	for name, l := range links {
+		for _, orderly := range []bool{true, false} {
+			t.Run(fmt.Sprint(name, orderly), func(t *testing.T) {
+				eps := endpoints(t, l, stream.Config{})
+				a, b := connect(t, eps[0], eps[1], 7)
+				blocked := make(chan error, 1)
+				c, d := connect(t, eps[0], eps[1], 8)
+				go func() {
+					_, err := d.Read(make([]byte, 1))
+					blocked <- err
+				}()
+				a.Write([]byte("last words"))
+				if orderly {
+					a.Close()
+				}
+				eps[0].Device().Close()
+				if err := <-blocked; !errors.Is(err, syscall.ECONNRESET) {
+					t.Errorf("a blocked read: %v, want ECONNRESET", err)
+				}
+				got, err := io.ReadAll(b)
+				if string(got) != "last words" {
+					t.Errorf("read %q", got)
+				}
+				if orderly && err != nil || !orderly && !errors.Is(err, syscall.ECONNRESET) {
+					t.Errorf("the end: %v", err)
+				}
+				if _, err := b.Write([]byte("x")); !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
+					t.Errorf("write to a peer that left: %v", err)
+				}
+				b.Close()
+				c.Close()
+				d.Close()
+				if _, err := eps[1].Dial(t.Context(), 0, 7); !errors.Is(err, syscall.EHOSTUNREACH) {
+					t.Errorf("dial a peer that left: %v, want EHOSTUNREACH", err)
+				}
+			})
+		}
+	}
+}

@@ -38,6 +38,7 @@ const (
 	stopDeadline = 1 << iota
 	stopClosed   // by the own side
 	stopBroken   // reset, or the device is gone: the error is kept
+	stopLost     // the peer left: what it wrote can still be read
 	stopRefusing // the peer reads no more
 	stopFinished // CloseWrite was called
 )
