@@ -3,12 +3,15 @@ package ivshmem
 import (
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ivshmem-go/ivshmem/internal/evfd"
 	"github.com/ivshmem-go/ivshmem/regs"
 	"github.com/ivshmem-go/ivshmem/shmem"
 )
@@ -178,3 +181,65 @@ func TestInfoGone(t *testing.T) {
 type gone struct{}
 
 func (gone) Load(uint32) (uint32, error) { return 0, os.ErrClosed }
+
+// lineBackend has INTx: it records what is done to let interrupts through.
+type lineBackend struct {
+	*fakeBackend
+	done []string
+	fail error
+}
+
+func (b *lineBackend) Store(r regs.Register, v uint32) error {
+	b.done = append(b.done, fmt.Sprintf("%v=%d", r, v))
+	return nil
+}
+
+func (b *lineBackend) WriteConfig(offset int, v uint8) error {
+	b.done = append(b.done, fmt.Sprintf("%02Xh=%d", offset, v))
+	return nil
+}
+
+// TestRearm: an interrupt is let through again after a write to Interrupt
+// Control, and before the condition is asked. The other order makes a storm of
+// interrupts in QEMU.
+func TestRearm(t *testing.T) {
+	fd := eventfd(t)
+	b := &lineBackend{fakeBackend: newFake(t)}
+	b.config[0x41] = 0 // no MSI-X
+	b.interrupts = Interrupts{FDs: []int{fd}, Rearm: func() error {
+		b.done = append(b.done, "rearm")
+		return b.fail
+	}}
+	d, err := New(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	expect := func(want ...string) {
+		t.Helper()
+		if !slices.Equal(b.done, want) {
+			t.Errorf("got %q, want %q", b.done, want)
+		}
+		b.done = nil
+	}
+	expect("43h=1", "State=0", "Interrupt Control=1", "rearm")
+	if !d.OneShot() {
+		t.Error("one-shot mode is off, so nothing writes Interrupt Control")
+	}
+	wait := func() error {
+		before := d.Interrupts(0)
+		evfd.Signal(fd)
+		return d.Wait(t.Context(), nil, func() bool {
+			b.done = append(b.done, "ask")
+			return d.Interrupts(0) > before
+		})
+	}
+	if err := wait(); err != nil {
+		t.Fatal(err)
+	}
+	expect("ask", "ask", "Interrupt Control=1", "rearm", "ask")
+	b.fail = unix.EIO
+	if err := wait(); !errors.Is(err, unix.EIO) {
+		t.Errorf("wait without rearming: %v, want EIO", err)
+	}
+}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -80,6 +81,18 @@ func (g *Diagnosis) add(name string, s Status, found, remedy string) {
 	g.Checks = append(g.Checks, Check{name, s, found, remedy})
 }
 
+// Offsets in configuration space.
+const (
+	commandRegister = 0x04
+	interruptPin    = 0x3d
+)
+
+// hasINTx reports whether a device has INTx in place of MSI-X.
+func hasINTx(config []byte) bool {
+	_, err := regs.ParseMSIX(config)
+	return errors.Is(err, regs.ErrNoCapability)
+}
+
 // configuration checks what the configuration space tells, as far as it can be
 // seen. It is false if there is no point in going on.
 func (g *Diagnosis) configuration(dev *sysfs.Device) bool {
@@ -110,8 +123,10 @@ func (g *Diagnosis) configuration(dev *sysfs.Device) bool {
 	switch m, err := regs.ParseMSIX(config); {
 	case err == nil:
 		g.add("vectors", StatusOK, fmt.Sprintf("%d MSI-X vectors", m.Vectors), "")
+	case errors.Is(err, regs.ErrNoCapability) && config[interruptPin] == 0:
+		g.add("vectors", StatusFail, "neither MSI-X nor an interrupt pin", "the hypervisor's device is broken; it can be polled")
 	case errors.Is(err, regs.ErrNoCapability):
-		g.add("vectors", StatusWarn, "no MSI-X, one vector by INTx", "use a hypervisor or service that gives the device MSI-X")
+		g.add("vectors", StatusWarn, "no MSI-X: one vector, by INTx", "use a hypervisor, or a service (`ivshctl serve` without --intx), that gives the device MSI-X")
 	default:
 		g.add("vectors", StatusFail, err.Error(), "the hypervisor's device is broken")
 		return false
@@ -132,14 +147,38 @@ func (g *Diagnosis) sections(c regs.VendorCap) {
 func (g *Diagnosis) bars(dev *sysfs.Device) {
 	_, _, registers := dev.BAR(0)
 	_, memory, shared := dev.BAR(2)
+	bar0 := "BAR0"
+	if dev.IORegisters() {
+		bar0 = "BAR0 in I/O space"
+	}
 	switch {
 	case !registers:
 		g.add("BARs", StatusFail, "BAR0 has no address", "the firmware or kernel found no place for it: look into dmesg, try pci=realloc")
-	case !shared:
-		g.add("BARs", StatusWarn, "no BAR2: the shared memory has a Base Address only", "bind the device to uio_ivshmem, no other driver can reach the memory")
+	case dev.IORegisters() && dev.Driver == "uio_ivshmem":
+		g.add("BARs", StatusFail, bar0, "that driver takes registers in memory space only: bind the device to vfio-pci")
+	case shared:
+		g.add("BARs", StatusOK, fmt.Sprintf("%s, and BAR2 with %d bytes", bar0, memory), "")
 	default:
-		g.add("BARs", StatusOK, fmt.Sprintf("BAR0, and BAR2 with %d bytes", memory), "")
+		g.baseAddress(dev, bar0)
 	}
+}
+
+// baseAddress checks a device without BAR2.
+func (g *Diagnosis) baseAddress(dev *sysfs.Device, bar0 string) {
+	found := bar0 + ", no BAR2: the shared memory has a Base Address only"
+	config, _ := dev.ReadConfig()
+	if c, err := regs.ParseVendorCap(config); err == nil {
+		if !c.HasBase {
+			g.add("BARs", StatusFail, bar0+", and neither BAR2 nor a Base Address", "the hypervisor's device is broken")
+			return
+		}
+		found += fmt.Sprintf(", %#x", c.BaseAddress)
+	}
+	if dev.Driver == "uio_ivshmem" {
+		g.add("BARs", StatusOK, found, "")
+		return
+	}
+	g.add("BARs", StatusFail, found, "no other driver than uio_ivshmem (kmod/) can reach the memory: `ivshctl bind --driver uio_ivshmem`")
 }
 
 // driver checks the bound driver and what it needs. It is false if the device
@@ -154,10 +193,16 @@ func (g *Diagnosis) driver(dev *sysfs.Device) bool {
 	case "uio_ivshmem":
 		g.add("driver", StatusOK, dev.Driver, "")
 		return g.driverState(dev)
-	case "igb_uio":
+	case "igb_uio", "uio_pci_generic":
+		if dev.InterruptPin() {
+			g.add("driver", StatusOK, dev.Driver+", by INTx", "")
+			break
+		}
+		if dev.Driver == "uio_pci_generic" {
+			g.add("driver", StatusFail, "uio_pci_generic: it cannot deliver MSI-X, the device can only be polled", "bind it to vfio-pci: `ivshctl bind`")
+			break
+		}
 		g.add("driver", StatusWarn, "igb_uio: only vector 0 arrives", "agree on vector 0 with the peers, or bind to vfio-pci: `ivshctl bind`")
-	case "uio_pci_generic":
-		g.add("driver", StatusFail, "uio_pci_generic: it cannot deliver MSI-X, the device can only be polled", "bind it to vfio-pci: `ivshctl bind`")
 	default:
 		g.add("driver", StatusFail, dev.Driver+": a kernel driver uses the device itself", "leave it to that driver, or take it away: `ivshctl bind`")
 		return false
@@ -185,11 +230,15 @@ func (g *Diagnosis) driverState(dev *sysfs.Device) bool {
 
 // checkCommand reports whether the Command register lets the device work.
 func (g *Diagnosis) checkCommand(config []byte, remedy string) bool {
-	const memory, busMaster = 1 << 1, 1 << 2
-	switch c := binary.LittleEndian.Uint16(config[4:]); {
+	const io, memory, busMaster = 1 << 0, 1 << 1, 1 << 2
+	const bar0 = 0x10
+	inIO := len(config) > bar0 && config[bar0]&1 != 0
+	switch c := binary.LittleEndian.Uint16(config[commandRegister:]); {
 	case c&memory == 0:
 		g.add("Command register", StatusFail, fmt.Sprintf("%04Xh: memory decoding is off, so registers and memory do not answer", c), remedy)
-	case c&busMaster == 0:
+	case c&io == 0 && inIO:
+		g.add("Command register", StatusFail, fmt.Sprintf("%04Xh: I/O decoding is off, so registers do not answer", c), remedy)
+	case c&busMaster == 0 && !hasINTx(config):
 		g.add("Command register", StatusFail, fmt.Sprintf("%04Xh: bus master is off, so no MSI-X message leaves the device", c), remedy)
 	default:
 		g.add("Command register", StatusOK, fmt.Sprintf("%04Xh", c), "")
@@ -198,23 +247,35 @@ func (g *Diagnosis) checkCommand(config []byte, remedy string) bool {
 	return false
 }
 
+// iommuGroup checks what stands between the device and a process: its IOMMU
+// group, and the device files of it.
 func (g *Diagnosis) iommuGroup(dev *sysfs.Device) bool {
-	if dev.IOMMUGroup == "" {
+	way, err := vfio.FindWay(dev)
+	if err != nil {
 		g.add("IOMMU group", StatusFail, "none", "switch the IOMMU on (intel_iommu=on or amd_iommu=on on the kernel command line, and a virtual one in QEMU: `ivshctl serve` prints it)")
 		return false
 	}
 	others, _ := filepath.Glob(filepath.Join(dev.FullPath, "iommu_group/devices/*"))
-	found := fmt.Sprintf("group %s, %d devices in it", dev.IOMMUGroup, len(others))
-	f, err := os.OpenFile(filepath.Join("/dev/vfio", dev.IOMMUGroup), os.O_RDWR, 0)
-	switch {
-	case errors.Is(err, os.ErrPermission):
-		g.add("IOMMU group", StatusFail, found+": "+err.Error(), "run as root, or give yourself rights to that file")
-		return false
-	case err != nil && !errors.Is(err, unix.EBUSY):
-		g.add("IOMMU group", StatusFail, found+": "+err.Error(), "load the module vfio_iommu_type1, and bind the other devices of the group to vfio-pci or to nothing")
-		return false
-	case err == nil:
-		f.Close()
+	found := fmt.Sprintf("group %s, %d devices in it, reached by %s (%s)", dev.IOMMUGroup, len(others), strings.Join(way.Files, ", "), way.Name)
+	for _, file := range way.Files {
+		f, err := os.OpenFile(file, os.O_RDWR, 0)
+		switch {
+		case errors.Is(err, unix.EPERM):
+			g.add("IOMMU group", StatusFail, found+": "+err.Error(), "run as root: no-IOMMU mode needs the capability CAP_SYS_RAWIO")
+			return false
+		case errors.Is(err, os.ErrPermission):
+			g.add("IOMMU group", StatusFail, found+": "+err.Error(), "run as root, or give yourself rights to that file (`ivshctl udev`)")
+			return false
+		case err != nil && !errors.Is(err, unix.EBUSY):
+			g.add("IOMMU group", StatusFail, found+": "+err.Error(), "load the module vfio_iommu_type1, and bind the other devices of the group to vfio-pci or to nothing")
+			return false
+		case err == nil:
+			f.Close()
+		}
+	}
+	if way.Name == vfio.WayNoIOMMU {
+		g.add("IOMMU group", StatusWarn, found+": nothing keeps devices of this machine from its memory", "it does not matter for this device, which has no DMA; an IOMMU would spare the need for root")
+		return true
 	}
 	g.add("IOMMU group", StatusOK, found, "")
 	return true
@@ -288,6 +349,8 @@ func (g *Diagnosis) doorbell(ctx context.Context, d *Device) bool {
 	if !d.VectorsApart() {
 		vectors = d.Vectors()
 	}
+	// These drivers take an interrupt for the device's by that bit.
+	byStatus := d.wait.rearm != nil && d.wait.uio
 	best := time.Duration(1<<63 - 1)
 	for v := range vectors {
 		count := v
@@ -304,12 +367,20 @@ func (g *Diagnosis) doorbell(ctx context.Context, d *Device) bool {
 		err := d.Wait(limited, nil, func() bool { return d.Interrupts(count) > before })
 		cancel()
 		if err != nil {
-			g.add("interrupts", StatusFail, fmt.Sprintf("a doorbell to itself on vector %d did not arrive in %v: %v", v, patience, err), "check that the service is alive, and that nobody else switches interrupts off")
+			remedy := "check that the service is alive, and that nobody else switches interrupts off"
+			if byStatus {
+				remedy = "INTx reaches " + d.Driver() + " only if the device sets Interrupt Status, which the specification forbids: bind it to uio_ivshmem"
+			}
+			g.add("interrupts", StatusFail, fmt.Sprintf("a doorbell to itself on vector %d did not arrive in %v: %v", v, patience, err), remedy)
 			return false
 		}
 		best = min(best, time.Since(start))
 	}
-	g.add("interrupts", StatusOK, fmt.Sprintf("a doorbell to itself arrives on each of %d vectors, in %v at best", vectors, best.Round(time.Microsecond)), "")
+	found := fmt.Sprintf("a doorbell to itself arrives on each of %d vectors, in %v at best", vectors, best.Round(time.Microsecond))
+	if byStatus {
+		found += ", as the device sets Interrupt Status against the specification"
+	}
+	g.add("interrupts", StatusOK, found, "")
 	return true
 }
 
@@ -338,7 +409,12 @@ func (g *Diagnosis) copyRate(d *Device) {
 	}
 	rate := float64(moved) / time.Since(start).Seconds() / 1e6
 	found := fmt.Sprintf("%.0f MB/s out of the own section", rate)
-	if rate < 200 {
+	config, _ := d.back.Config()
+	switch {
+	case rate < 200 && hasINTx(config):
+		g.add("copy rate", StatusWarn, found, "QEMU stops mapping BAR2 when INTx is raised: serve the link without --intx, or put the memory at a --base-address")
+		return
+	case rate < 200:
 		g.add("copy rate", StatusWarn, found, "the memory is mapped uncached or trapped: on hardware, bind to uio_ivshmem, which maps it write-back")
 		return
 	}

@@ -75,7 +75,8 @@ func Watch(ctx context.Context, ready func() error, report func(Event) error) er
 //
 // A PCI device is reached through the driver it is bound to: vfio-pci, with an
 // interrupt for each vector; uio_ivshmem, with one for all; igb_uio, with
-// vector 0 only; otherwise plain sysfs, which can only be polled. An owner
+// vector 0 only; uio_pci_generic, if the device has INTx; otherwise plain
+// sysfs, which can only be polled. An owner
 // locks it.
 func Open(address string, opts ...Option) (*Device, error) {
 	if isSocket(address) {
@@ -142,8 +143,8 @@ func openPCI(dev *sysfs.Device, opts []Option) (*Device, error) {
 		b, err = openVFIO(dev, o.observer)
 	case uio.Carries(dev):
 		b, err = openUIO(dev, o.observer)
-	case uio.IsIGB(dev) && !o.observer:
-		b, err = uio.OpenIGB(dev.Addr)
+	case uio.IsGeneric(dev) && !o.observer:
+		b, err = uio.OpenGeneric(dev.Addr)
 	default:
 		b, err = dev.Open()
 	}

@@ -37,6 +37,7 @@ type Backend struct {
 	config     []byte // as it was at first
 	privileged int    // offset of Privileged Control
 	set        *mem.Set
+	irq        uint32         // index of the interrupts: MSI-X, or INTx
 	received   []int          // eventfds that the service sent
 	doorbells  map[uint32]int // those that ring, by value of the Doorbell register
 	own        []int          // own doorbell eventfds; nil if not all are there
@@ -60,8 +61,8 @@ func Dial(path string) (*Backend, error) {
 		case errors.Is(err, os.ErrNotExist), errors.Is(err, unix.ECONNREFUSED):
 			e.Err = fmt.Errorf("%w: %w", fault.ErrNotFound, err)
 		case errors.Is(err, vfiouser.ErrRefused) && errors.Is(err, unix.EBUSY):
-			e.Err = fmt.Errorf("%w: all peers of the link are connected", fault.ErrBusy)
-			e.Remedy = "end one of them, or serve the link with more --peers"
+			e.Err = fmt.Errorf("%w: no peer ID is free for this socket", fault.ErrBusy)
+			e.Remedy = "end a peer, or serve the link with more --peers"
 		}
 		return nil, e
 	}
@@ -98,12 +99,21 @@ func (b *Backend) mapSections(l shmem.Layout, own uint32) error {
 	if err != nil {
 		return err
 	}
+	if r.Size == 0 {
+		return &fault.Reason{
+			Err:    fmt.Errorf("%w: the device has no BAR2, and its Base Address means something in guests only", fault.ErrNotSupported),
+			Remedy: "serve the link without --base-address, or run the program in a guest",
+		}
+	}
 	if r.Flags&vfiouser.RegionMmap != 0 {
 		defer unix.Close(r.FD)
 		// Whoever can shrink the file could end this process by SIGBUS.
 		seals, err := unix.FcntlInt(uintptr(r.FD), unix.F_GET_SEALS, 0)
 		if err != nil || seals&unix.F_SEAL_SHRINK == 0 {
-			return errors.New("shared memory: expected a file that is sealed against shrinking")
+			return &fault.Reason{
+				Err:    errors.New("shared memory: expected a file that is sealed against shrinking"),
+				Remedy: "serve the link without --memory",
+			}
 		}
 	}
 	if err := l.CheckRegion(r.Size); err != nil {
@@ -142,15 +152,19 @@ func (b *Backend) mapSections(l shmem.Layout, own uint32) error {
 // doorbell eventfds if the service has them all, so that other processes ring
 // them directly, else to eventfds of our own.
 func (b *Backend) connectVectors(own uint32) error {
-	msix, err := regs.ParseMSIX(b.config)
-	if err != nil {
-		return err
-	}
 	const command, memory, busMaster = 4, 1 << 1, 1 << 2
 	if err := b.writeConfig16(command, memory|busMaster); err != nil {
 		return err
 	}
-	if err := b.writeConfig16(msix.Offset+regs.MSIXControl, regs.MSIXEnable); err != nil {
+	b.irq = vfiouser.IRQMSIX
+	msix, err := regs.ParseMSIX(b.config)
+	switch {
+	case err == nil:
+		err = b.writeConfig16(msix.Offset+regs.MSIXControl, regs.MSIXEnable)
+	case errors.Is(err, regs.ErrNoCapability):
+		b.irq, msix.Vectors, err = vfiouser.IRQINTx, 1, nil
+	}
+	if err != nil {
 		return err
 	}
 	list, err := b.client.IOFDs(vfiouser.RegionBAR0)
@@ -200,7 +214,7 @@ func (b *Backend) connect(direct bool) error {
 		fds = b.own
 	}
 	err := b.client.SetIRQs(vfiouser.IRQSet{
-		Index: vfiouser.IRQMSIX, Action: vfiouser.IRQTrigger, EventFD: true,
+		Index: b.irq, Action: vfiouser.IRQTrigger, EventFD: true,
 		Count: uint32(len(fds)), FDs: fds,
 	})
 	if err != nil {
@@ -315,6 +329,11 @@ func (b *Backend) EndsState() bool { return true }
 // Sections is the shared memory.
 func (b *Backend) Sections() *shmem.Sections { return &b.set.Sections }
 
+// unmask lets the next INTx through.
+func (b *Backend) unmask() error {
+	return gone(b.client.SetIRQs(vfiouser.IRQSet{Index: b.irq, Action: vfiouser.IRQUnmask, Count: 1}))
+}
+
 // Interrupts has one eventfd per vector.
 func (b *Backend) Interrupts() evfd.Interrupts {
 	b.mu.Lock()
@@ -323,7 +342,11 @@ func (b *Backend) Interrupts() evfd.Interrupts {
 	if b.direct {
 		fds = b.own
 	}
-	return evfd.Interrupts{FDs: fds, Gone: evfd.Source{FD: b.client.FD(), Events: unix.EPOLLRDHUP}}
+	i := evfd.Interrupts{FDs: fds, Gone: evfd.Source{FD: b.client.FD(), Events: unix.EPOLLRDHUP}}
+	if b.irq == vfiouser.IRQINTx {
+		i.Rearm = b.unmask
+	}
+	return i
 }
 
 // Close disconnects: the service sets State 0 and frees the peer ID.

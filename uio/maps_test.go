@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -73,22 +74,33 @@ func TestFindNodeBroken(t *testing.T) {
 
 func TestCarries(t *testing.T) {
 	for _, c := range []struct {
-		name          string
-		maps          []string
-		carries, isIG bool
+		name               string
+		maps               []string
+		carries, isGeneric bool
 	}{
 		{"uio_ivshmem[0000:00:0e.0]", []string{"registers 0x1000", "state_table 0x1000"}, true, false},
 		{"another name", []string{"registers 0x1000", "state_table 0x1000"}, true, false},
 		{"uio_ivshmem", []string{"ivshmem-mmr 0x1000", "ivshmem-shmem 0x100000"}, true, false},
 		{"igb_uio", []string{"BAR0 0x1000", "BAR2 0x100000"}, false, true},
 		{"uio_pci_generic", nil, false, false},
+		{"uio_pci_generic", []string{"pin"}, false, true},
+		{"another driver", []string{"pin"}, false, false},
 	} {
+		pin := byte(0)
+		if slices.Contains(c.maps, "pin") {
+			c.maps, pin = nil, 1
+		}
 		dev := &sysfs.Device{PCI: &pci.PCI{FullPath: fakeNode(t, c.name, c.maps...)}}
+		config := make([]byte, 64)
+		config[0x3d] = pin
+		if err := os.WriteFile(filepath.Join(dev.FullPath, "config"), config, 0o644); err != nil {
+			t.Fatal(err)
+		}
 		if got := Carries(dev); got != c.carries {
 			t.Errorf("%s %v: Carries is %v", c.name, c.maps, got)
 		}
-		if got := IsIGB(dev); got != c.isIG {
-			t.Errorf("%s %v: IsIGB is %v", c.name, c.maps, got)
+		if got := IsGeneric(dev); got != c.isGeneric {
+			t.Errorf("%s %v: IsGeneric is %v", c.name, c.maps, got)
 		}
 	}
 }

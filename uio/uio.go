@@ -1,6 +1,6 @@
 // Package uio carries an ivshmem v2 device through a UIO driver: uio_ivshmem,
 // out of tree or the project's own (kmod/), which offers the sections as maps
-// with names; or igb_uio, which delivers vector 0 only.
+// with names; or a driver that knows nothing of the device ([Generic]).
 //
 // With uio_ivshmem one counter serves all vectors, the driver has one-shot mode
 // on, sections are mapped write-back and read-only where they have to be, and

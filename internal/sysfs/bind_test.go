@@ -474,7 +474,7 @@ func TestGroupRules(t *testing.T) {
 		}
 	}
 	rules, err := sysfs.GroupRules("users")
-	if err != nil || strings.Count(rules, `GROUP="users", MODE="0660"`) != 2 || !strings.Contains(rules, "PCI_ID=110A:4106") {
+	if err != nil || strings.Count(rules, `GROUP="users", MODE="0660"`) != 4 || !strings.Contains(rules, "PCI_ID=110A:4106") {
 		t.Errorf("%q, %v", rules, err)
 	}
 }

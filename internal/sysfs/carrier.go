@@ -17,11 +17,18 @@ import (
 // Carrier is a back end that needs no driver: it maps the device's resource
 // files. It has no interrupts.
 type Carrier struct {
-	dev     *Device
-	window  *regs.Window
-	set     *mem.Set
-	disable bool
-	closed  atomic.Bool
+	dev       *Device
+	registers registers
+	set       *mem.Set
+	disable   bool
+	closed    atomic.Bool
+}
+
+// registers is a register region: mapped, or a file.
+type registers interface {
+	Load(regs.Register) (uint32, error)
+	Store(regs.Register, uint32) error
+	Close() error
 }
 
 // Open maps the device. It needs root, or access rights to the resource
@@ -51,28 +58,19 @@ func (c *Carrier) open() error {
 		}
 		c.disable = true
 	}
-	_, size, ok := c.dev.BAR(0)
-	if !ok {
-		return fail("map registers", errors.New("expected BAR0 with an address, found none"))
-	}
-	f, err := os.OpenFile(filepath.Join(c.dev.FullPath, "resource0"), os.O_RDWR, 0)
-	if err != nil {
-		return fail("map registers", err)
-	}
-	c.window, err = regs.MapWindow(f.Fd(), 0, int(min(size, regs.RegionSize)))
-	f.Close()
-	if err != nil {
-		return fail("map registers", err)
+	var err error
+	if c.registers, err = c.dev.openRegisters(); err != nil {
+		return fail("open registers", err)
 	}
 	config, err := c.Config()
 	if err != nil {
 		return fail("read configuration space", err)
 	}
-	layout, own, err := mem.Geometry(config, c.window.Load)
+	layout, own, err := mem.Geometry(config, c.registers.Load)
 	if err != nil {
 		return fail("read geometry", err)
 	}
-	_, size, ok = c.dev.BAR(2)
+	_, size, ok := c.dev.BAR(2)
 	if !ok {
 		return &fault.DeviceError{Device: c.dev.Addr, Op: "map shared memory",
 			Err:    fmt.Errorf("%w: the device has no BAR2, its shared memory can be reached through a kernel driver only", fault.ErrNotSupported),
@@ -81,7 +79,7 @@ func (c *Carrier) open() error {
 	if err := layout.CheckRegion(size); err != nil {
 		return fail("map shared memory", err)
 	}
-	f, err = os.OpenFile(filepath.Join(c.dev.FullPath, "resource2"), os.O_RDWR, 0)
+	f, err := os.OpenFile(filepath.Join(c.dev.FullPath, "resource2"), os.O_RDWR, 0)
 	if err != nil {
 		return fail("map shared memory", err)
 	}
@@ -90,6 +88,29 @@ func (c *Carrier) open() error {
 		return fail("map shared memory", err)
 	}
 	return nil
+}
+
+func (d *Device) openRegisters() (registers, error) {
+	_, size, ok := d.BAR(0)
+	if !ok {
+		return nil, errors.New("expected BAR0 with an address, found none")
+	}
+	f, err := os.OpenFile(filepath.Join(d.FullPath, "resource0"), os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	length := int(min(size, regs.RegionSize))
+	var r registers
+	if d.IORegisters() {
+		r, err = regs.OpenFile(f.Fd(), 0, length)
+	} else {
+		r, err = regs.MapWindow(f.Fd(), 0, length)
+	}
+	if err != nil {
+		return nil, err // without r, whose nil has a type
+	}
+	return r, nil
 }
 
 func (c *Carrier) enable(v string) error {
@@ -119,10 +140,10 @@ func (c *Carrier) WriteConfig(offset int, v uint8) error {
 }
 
 // Load reads a register.
-func (c *Carrier) Load(r regs.Register) (uint32, error) { return c.window.Load(r) }
+func (c *Carrier) Load(r regs.Register) (uint32, error) { return c.registers.Load(r) }
 
 // Store writes a register.
-func (c *Carrier) Store(r regs.Register, v uint32) error { return c.window.Store(r, v) }
+func (c *Carrier) Store(r regs.Register, v uint32) error { return c.registers.Store(r, v) }
 
 // Sections is the shared memory.
 func (c *Carrier) Sections() *shmem.Sections { return &c.set.Sections }
@@ -136,8 +157,8 @@ func (c *Carrier) Close() error {
 		return nil
 	}
 	var errs []error
-	if c.window != nil {
-		errs = append(errs, c.window.Close())
+	if c.registers != nil {
+		errs = append(errs, c.registers.Close())
 	}
 	if c.set != nil {
 		errs = append(errs, c.set.Close())

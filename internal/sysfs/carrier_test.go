@@ -10,6 +10,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/ivshmem-go/ivshmem/internal/fault"
+	"github.com/ivshmem-go/ivshmem/internal/sysfs"
 	"github.com/ivshmem-go/ivshmem/regs"
 	"github.com/ivshmem-go/ivshmem/shmem"
 )
@@ -140,7 +141,7 @@ func TestCarrierRefuses(t *testing.T) {
 		"no BAR2":                    {"resource", bar0 + none + none, fault.ErrNotSupported, "BAR2"},
 		"BAR0 too small":             {"resource", resource(0xfebf1000, 16, 0x40200) + none + bar2(0x10000), nil, "register region"},
 		"BAR2 too small":             {"resource", bar0 + none + bar2(0x8000), nil, "region size"},
-		"register file too short":    {"resource0", "\x01\x00\x00\x00\x03", nil, "map registers"},
+		"register file too short":    {"resource0", "\x01\x00\x00\x00\x03", nil, "open registers"},
 		"memory file too short":      {"resource2", strings.Repeat("x", 0x8000), nil, "map shared memory"},
 		"registers read all ones":    {"resource0", ones, regs.ErrGone, "all ones"},
 		"ID above all peers":         {"resource0", "\x03\x00\x00\x00\x03" + strings.Repeat("\x00", 4091), nil, "register ID"},
@@ -179,6 +180,60 @@ func TestCarrierRefuses(t *testing.T) {
 		}
 		if _, err := d.Open(); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("without %s: %v", file, err)
+		}
+	}
+}
+
+// Registers in I/O space cannot be mapped: each access is one of its file.
+func TestCarrierIORegisters(t *testing.T) {
+	f := newTree(t)
+	dir := f.device("0000:00:04.0")
+	f.write(dir+"/resource", resource(0xc000, 32, 0x40101)+resource(0xfebf2000, 0x1000, 0x40200)+
+		resource(0x7_0000_0000, 0x10000, 0x14220c)+strings.Repeat(resource(0, 0, 0), 10))
+	f.write(dir+"/resource0", "\x01\x00\x00\x00\x03"+strings.Repeat("\x00", 27))
+	d, err := f.fs().Device("0000:00:04.0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := d.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if sysfs.Mapped(c) {
+		t.Error("a file that the kernel does not let be mapped is mapped")
+	}
+	if x, err := c.Load(regs.MaxPeers); x != 3 || err != nil {
+		t.Errorf("Maximum Peers: %d, %v", x, err)
+	}
+	if err := c.Store(regs.State, 0x01020304); err != nil {
+		t.Error(err)
+	}
+	if got := f.read(dir + "/resource0")[0x10:0x14]; got != "\x04\x03\x02\x01" {
+		t.Errorf("State is % x", got)
+	}
+	if err := c.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := c.Store(regs.State, 1); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("after Close: %v, want os.ErrClosed", err)
+	}
+}
+
+func TestInterruptPin(t *testing.T) {
+	for pin, want := range map[string]bool{"\x00": false, "\x01": true, "\x04": true, "\xff": false, "": false} {
+		f := newTree(t)
+		dir := f.device("0000:00:04.0")
+		f.write(dir+"/config", f.read(dir + "/config")[:0x3d]+pin)
+		d, err := f.fs().Device("0000:00:04.0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := d.InterruptPin(); got != want {
+			t.Errorf("pin % x: %v, want %v", pin, got, want)
+		}
+		if d.IORegisters() {
+			t.Error("registers in memory space are taken for I/O space")
 		}
 	}
 }

@@ -160,6 +160,24 @@ func (d *Device) BAR(index int) (base, size uint64, ok bool) {
 	return 0, 0, false
 }
 
+// IORegisters reports whether the registers, BAR0, are in I/O space.
+func (d *Device) IORegisters() bool {
+	const ioSpace = 0x100 // IORESOURCE_IO (Linux, include/linux/ioport.h)
+	for _, b := range d.BARS {
+		if b.Index == 0 {
+			return b.Attr&ioSpace != 0
+		}
+	}
+	return false
+}
+
+// InterruptPin reports whether the device has INTx. It needs no privileges.
+func (d *Device) InterruptPin() bool {
+	const pin = 0x3d
+	c, err := d.ReadConfig()
+	return err == nil && len(c) > pin && c[pin] != 0 && c[pin] != 0xff
+}
+
 // Own makes the calling process the owner of the device, until release is
 // called or the process ends. The lock is on the device's config file, so
 // that it needs no place of its own and dies with its holder.

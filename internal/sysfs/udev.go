@@ -25,9 +25,10 @@ ACTION=="add", SUBSYSTEM=="pci", KERNEL=="%[1]s", ATTR{vendor}=="0x%04[3]x", ATT
 var groupName = regexp.MustCompile(`^[a-z_][a-z0-9_-]{0,31}$`)
 
 // GroupRules are udev rules that give a group access to the device files of
-// all ivshmem devices. sysfs files are not in them: the kernel shows ordinary
-// users the first 64 bytes of configuration space only, so that they could
-// not find the sections there.
+// all ivshmem devices, and to /dev/iommu, which alone gives nothing away.
+// sysfs files are not in them: the kernel shows ordinary users the first 64
+// bytes of configuration space only, so that they could not find the sections
+// there.
 func GroupRules(group string) (string, error) {
 	if !groupName.MatchString(group) {
 		return "", fmt.Errorf("group: expected a name of lower-case letters, digits, _ and -, found %q", group)
@@ -35,5 +36,7 @@ func GroupRules(group string) (string, error) {
 	return fmt.Sprintf(`# Members of the group %[1]s may use ivshmem devices. Put this into /etc/udev/rules.d/71-ivshmem.rules
 SUBSYSTEM=="uio", ATTRS{vendor}=="0x%04[2]x", ATTRS{device}=="0x%04[3]x", GROUP="%[1]s", MODE="0660"
 SUBSYSTEM=="vfio", PROGRAM=="/bin/sh -c 'grep -qsx PCI_ID=%04[2]X:%04[3]X /sys/kernel/iommu_groups/%%k/devices/*/uevent'", GROUP="%[1]s", MODE="0660"
+SUBSYSTEM=="vfio-dev", ATTRS{vendor}=="0x%04[2]x", ATTRS{device}=="0x%04[3]x", GROUP="%[1]s", MODE="0660"
+SUBSYSTEM=="misc", KERNEL=="iommu", GROUP="%[1]s", MODE="0660"
 `, group, regs.VendorID, regs.DeviceID), nil
 }

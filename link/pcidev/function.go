@@ -37,10 +37,42 @@ func ParseMode(s string) (Mode, error) {
 	return 0, fmt.Errorf("mode %q: expected state or shared", s)
 }
 
-// Options of a function.
+// Options of a function. The last three are forms of the device that the
+// specification allows besides the usual one: MSI-X, BAR2, and registers in
+// memory space.
 type Options struct {
 	Mode      Mode
 	Subsystem Subsystem // zero: 110A:4106
+	Pin       *uint32   // the peer ID to take; nil: the lowest that is free
+
+	// INTx gives the device an interrupt pin in place of MSI-X, and so a
+	// single vector. For the drivers of Linux, and against the specification,
+	// Interrupt Status is set while an interrupt waits for Interrupt Disable.
+	// QEMU stops mapping BAR2 after the first one: from then on every access
+	// to the shared memory is a message.
+	INTx bool
+	// BaseAddress leaves BAR2 out: the vendor capability says that the shared
+	// memory is at this guest-physical address, where QEMU has to be told to
+	// map it, all of it. 0: BAR2.
+	BaseAddress uint64
+	// IORegisters puts BAR0 into I/O space.
+	IORegisters bool
+}
+
+// Check says whether a link can be served with these options.
+func (o Options) Check(c link.Config) error {
+	layout, err := c.Layout()
+	switch {
+	case err != nil:
+		return err
+	case o.INTx && c.Vectors != 1:
+		return fmt.Errorf("vectors: expected 1, which is all that INTx has, found %d", c.Vectors)
+	case o.BaseAddress%shmem.PageSize != 0:
+		return fmt.Errorf("base address: expected a multiple of %d, found %#x", shmem.PageSize, o.BaseAddress)
+	case o.BaseAddress+layout.Total() < o.BaseAddress:
+		return fmt.Errorf("base address: expected %d bytes of addresses from it on, found %#x", layout.Total(), o.BaseAddress)
+	}
+	return nil
 }
 
 // Function is one peer as a PCI function. It implements [vfiouser.Device].
@@ -56,18 +88,22 @@ type Function struct {
 var _ vfiouser.Device = (*Function)(nil)
 
 // New attaches a peer to the link and makes it a function. The error wraps
-// [link.ErrFull] where no peer ID is free.
+// [link.ErrFull] where no peer ID is free, and [link.ErrTaken] where that of
+// Pin is not.
 func New(l *link.Link, o Options) (*Function, error) {
 	c, layout := l.Config(), l.Layout()
+	if err := o.Check(c); err != nil {
+		return nil, err
+	}
 	memory, err := l.Memory().ReadWrite("shared memory", 0, layout.Total())
 	if err != nil {
 		return nil, err
 	}
-	irq, err := newVectors(c.Vectors, l.FD())
+	irq, err := newVectors(c.Vectors, o.INTx, l.FD())
 	if err != nil {
 		return nil, err
 	}
-	peer, err := l.Attach(irq)
+	peer, err := l.Attach(o.Pin, irq)
 	if err != nil {
 		irq.close()
 		return nil, err
@@ -77,7 +113,7 @@ func New(l *link.Link, o Options) (*Function, error) {
 	}
 	f := &Function{
 		peer: peer, layout: layout, memory: memory, irq: irq,
-		config: newSpace(c, layout, peer.ID(), o.Subsystem),
+		config: newSpace(c, layout, peer.ID(), o),
 	}
 	access := vfiouser.RegionRead | vfiouser.RegionWrite
 	shared := vfiouser.Region{
@@ -92,10 +128,22 @@ func New(l *link.Link, o Options) (*Function, error) {
 			shared.Flags, shared.Areas, shared.FD = access, nil, -1
 		}
 	}
-	f.region[vfiouser.RegionBAR0] = vfiouser.Region{Flags: access, Size: regs.RegionSize}
-	f.region[vfiouser.RegionBAR1] = vfiouser.Region{Flags: access, Size: bar1Size(c.Vectors)}
-	f.region[vfiouser.RegionBAR2] = shared
-	f.region[vfiouser.RegionConfig] = vfiouser.Region{Flags: access, Size: regs.ConfigSize}
+	f.region[vfiouser.RegionBAR0] = vfiouser.Region{Flags: access, Size: o.bar0Size()}
+	if !o.INTx {
+		f.region[vfiouser.RegionBAR1] = vfiouser.Region{Flags: access, Size: bar1Size(c.Vectors)}
+	}
+	if o.BaseAddress == 0 {
+		f.region[vfiouser.RegionBAR2] = shared
+	}
+	f.region[vfiouser.RegionConfig] = vfiouser.Region{Flags: access, Size: regs.ConfigSize, FD: -1}
+	if f.region[vfiouser.RegionBAR2].Flags&vfiouser.RegionMmap == 0 {
+		// QEMU waits for its writes to be carried out only if some region can
+		// be mapped. Otherwise the guest goes on at once: it would look at
+		// shared memory (of a Base Address) while its write to Interrupt
+		// Control is on the way, and miss the doorbell that comes in between.
+		// The flag is enough; nobody maps configuration space.
+		f.region[vfiouser.RegionConfig].Flags |= vfiouser.RegionMmap
+	}
 	return f, nil
 }
 
@@ -117,6 +165,9 @@ func (f *Function) ReadRegion(index uint32, offset uint64, p []byte) error {
 	switch index {
 	case vfiouser.RegionConfig:
 		copy(p, f.config.value[offset:])
+		if at := offStatus - offset; at < uint64(len(p)) && f.irq.interruptStatus() {
+			p[at] |= statusInterrupt
+		}
 	case vfiouser.RegionBAR0:
 		if len(p) == 4 && offset%4 == 0 && offset <= uint64(regs.State) {
 			binary.LittleEndian.PutUint32(p, f.peer.Load(regs.Register(offset)))
@@ -134,7 +185,11 @@ func (f *Function) WriteRegion(index uint32, offset uint64, p []byte) error {
 	case vfiouser.RegionConfig:
 		f.config.write(offset, p)
 		f.peer.SetOneShot(f.config.oneShot())
-		f.irq.setEnabled(f.config.msixEnabled())
+		if f.irq.intx {
+			f.irq.setDisabled(f.config.intxDisabled())
+		} else {
+			f.irq.setEnabled(f.config.msixEnabled())
+		}
 	case vfiouser.RegionBAR0:
 		if len(p) == 4 && offset%4 == 0 && offset <= uint64(regs.State) {
 			f.peer.Store(regs.Register(offset), binary.LittleEndian.Uint32(p))
@@ -234,18 +289,23 @@ func (f *Function) IOFDs(index uint32, limit int) []vfiouser.IOFD {
 // IRQ implements [vfiouser.Device]. Without the NORESIZE flag QEMU adds
 // vectors one at a time instead of withdrawing all of them.
 func (f *Function) IRQ(index uint32) vfiouser.IRQ {
-	if index != vfiouser.IRQMSIX {
+	switch {
+	case index != f.irq.index():
 		return vfiouser.IRQ{}
+	case f.irq.intx:
+		return vfiouser.IRQ{Flags: vfiouser.IRQEventFD | vfiouser.IRQMaskable | vfiouser.IRQAutomasked, Count: 1}
 	}
 	return vfiouser.IRQ{Flags: vfiouser.IRQEventFD, Count: uint32(len(f.irq.slots))}
 }
 
 // SetIRQs implements [vfiouser.Device].
 func (f *Function) SetIRQs(s vfiouser.IRQSet) error {
-	if s.Index != vfiouser.IRQMSIX {
-		return fmt.Errorf("interrupt index %d: expected MSI-X (%d): %w", s.Index, vfiouser.IRQMSIX, unix.EINVAL)
+	if s.Index != f.irq.index() {
+		return fmt.Errorf("interrupt index %d: expected %d: %w", s.Index, f.irq.index(), unix.EINVAL)
 	}
 	switch {
+	case s.Action != vfiouser.IRQTrigger && f.irq.intx:
+		f.irq.mask(s, s.Action == vfiouser.IRQMask)
 	case s.Action != vfiouser.IRQTrigger:
 		// QEMU masks in its own table; a mask that comes over the wire has
 		// nothing to act on (IRQ_INFO does not announce maskable).

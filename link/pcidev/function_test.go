@@ -182,7 +182,7 @@ func TestRegions(t *testing.T) {
 		bar0:   {Flags: 3, Size: 0x1000},
 		bar1:   {Flags: 3, Size: 0x1000},
 		bar2:   {Flags: 7, Size: 0x8000, Areas: []vfiouser.Area{{Offset: 0x1000, Size: 0x5000}}, FD: l.FD()},
-		config: {Flags: 3, Size: 256},
+		config: {Flags: 3, Size: 256, FD: -1},
 	}
 	for i := range want {
 		if diff := cmp.Diff(want[i], f.Region(uint32(i))); diff != "" {

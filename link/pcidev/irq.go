@@ -5,38 +5,57 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ivshmem-go/ivshmem/internal/evfd"
 	"github.com/ivshmem-go/ivshmem/vfiouser"
 )
 
-// vectors are the MSI-X vectors of a function: the eventfds that the client
-// gave for them. Its lock is taken inside the link's; nothing else is taken
-// inside it.
+// vectors are the interrupts of a function: MSI-X vectors, or INTx as the only
+// one. It holds the eventfds that the client gave for them. Its lock is taken
+// inside the link's; nothing else is taken inside it.
 type vectors struct {
 	mu      sync.Mutex
 	slots   []slot
 	enabled bool // MSI-X Enable of the guest
-	out     *signaller
+	out     *evfd.Signaller
+
+	// INTx only. A level needs a reason to stay asserted, which the kernel
+	// and QEMU look for in Interrupt Status; the specification has none.
+	intx     bool
+	disabled bool // Command, Interrupt Disable
+	status   bool // Status, Interrupt Status
 }
 
-func newVectors(n uint16, file int) (*vectors, error) {
-	out, err := newSignaller(file)
+func newVectors(n uint16, intx bool, file int) (*vectors, error) {
+	out, err := evfd.NewSignaller(file)
 	if err != nil {
 		return nil, err
 	}
-	v := &vectors{slots: make([]slot, n), out: out}
+	v := &vectors{slots: make([]slot, n), out: out, intx: intx}
 	for i := range v.slots {
 		v.slots[i].fd = -1
 	}
 	return v, nil
 }
 
+// index is the interrupt index of the vectors on the wire.
+func (v *vectors) index() uint32 {
+	if v.intx {
+		return vfiouser.IRQINTx
+	}
+	return vfiouser.IRQMSIX
+}
+
 // slot is one vector. QEMU withdraws eventfds for a moment when the guest
 // changes its set of vectors; what is raised meanwhile is remembered and
 // delivered when the eventfd comes back. A vector that never had an eventfd
 // is not in use, and what is raised on it is lost.
+//
+// INTx is masked by being delivered, until the client unmasks it. What is
+// raised while it is masked, or disabled in Command, is remembered, too.
 type slot struct {
 	fd        int // the eventfd, -1: none
 	withdrawn bool
+	masked    bool
 	pending   bool
 }
 
@@ -44,16 +63,66 @@ type slot struct {
 func (v *vectors) Raise(vector uint16) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if s := &v.slots[vector]; s.fd >= 0 {
+	switch s := &v.slots[vector]; {
+	case s.fd >= 0 && !s.masked && !v.disabled:
 		v.signal(s)
-	} else if s.withdrawn && v.enabled {
+	case s.fd >= 0, s.withdrawn && v.enabled:
 		s.pending = true
 	}
 }
 
 // signal raises a vector that has an eventfd. An error means that the client
 // broke it: its own interrupts are lost, nothing else. v.mu is held.
-func (v *vectors) signal(s *slot) { _ = v.out.signal(s.fd) }
+func (v *vectors) signal(s *slot) {
+	if v.intx {
+		s.masked, v.status = true, true
+	}
+	_ = v.out.Signal(s.fd)
+}
+
+// deliver raises what was remembered, if nothing holds it back any more. v.mu
+// is held.
+func (v *vectors) deliver(s *slot) {
+	if s.pending && s.fd >= 0 && !s.masked && !v.disabled {
+		s.pending = false
+		v.signal(s)
+	}
+}
+
+// setDisabled follows Interrupt Disable of INTx: that is how a driver
+// acknowledges an interrupt, so it ends Interrupt Status. Clearing it lets
+// through what came meanwhile.
+func (v *vectors) setDisabled(on bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.disabled = on
+	if on {
+		v.status = false
+		return
+	}
+	v.deliver(&v.slots[0])
+}
+
+// interruptStatus is Interrupt Status.
+func (v *vectors) interruptStatus() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.status
+}
+
+// mask masks or unmasks vectors on the client's request.
+func (v *vectors) mask(set vfiouser.IRQSet, on bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for i := range set.Count {
+		if set.Bools != nil && set.Bools[i] == 0 {
+			continue
+		}
+		s := &v.slots[set.Start+i]
+		s.masked = on
+		v.deliver(s)
+	}
+}
 
 // setEnabled follows the MSI-X Enable bit. Disabling forgets what is pending.
 func (v *vectors) setEnabled(on bool) {
@@ -67,7 +136,7 @@ func (v *vectors) setEnabled(on bool) {
 
 func (v *vectors) forget() {
 	for i := range v.slots {
-		v.slots[i].withdrawn, v.slots[i].pending = false, false
+		v.slots[i].withdrawn, v.slots[i].pending, v.slots[i].masked = false, false, false
 	}
 }
 
@@ -79,13 +148,11 @@ func (v *vectors) assign(start uint32, fds []int) {
 	for i, fd := range fds {
 		s := &v.slots[start+uint32(i)]
 		old := *s
-		*s = slot{fd: fd}
+		*s = slot{fd: fd, pending: old.pending}
 		if old.fd >= 0 {
 			unix.Close(old.fd)
 		}
-		if old.pending {
-			v.signal(s)
-		}
+		v.deliver(s)
 	}
 }
 
@@ -121,7 +188,7 @@ func (v *vectors) trigger(set vfiouser.IRQSet) {
 func (v *vectors) reset() {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	v.enabled = false
+	v.enabled, v.disabled, v.status = false, false, false
 	v.forget()
 }
 
@@ -134,5 +201,5 @@ func (v *vectors) close() {
 			s.fd = -1
 		}
 	}
-	v.out.close()
+	v.out.Close()
 }

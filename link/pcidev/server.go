@@ -7,33 +7,43 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"slices"
 	"sync"
-	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/ivshmem-go/ivshmem/internal/fdpass"
+	"github.com/ivshmem-go/ivshmem/internal/mem"
 	"github.com/ivshmem-go/ivshmem/internal/sockpath"
 	"github.com/ivshmem-go/ivshmem/link"
 	"github.com/ivshmem-go/ivshmem/vfiouser"
 )
 
-// maxRefusals bounds how many surplus clients are told so at the same time;
-// more are just closed.
-const maxRefusals = 64
+// maxSilent bounds how many clients may be connected that have not said
+// anything yet. Of more, the one that has been silent for the longest is
+// closed: a client that means it takes milliseconds. A socket that is one
+// peer's needs less.
+const (
+	maxSilent       = 64
+	maxSilentPinned = 2
+)
 
 // Server connects the clients of a socket to a link, one function for each.
+// Each connection has a thread.
 type Server struct {
 	Link    *link.Link
 	Options Options
+	// Users are the only ones whose processes may connect; empty: whoever has
+	// the right to write the socket's file.
+	Users []uint32
 	// Log receives one record per arrival, departure and refusal, with the
-	// reason; nil is silent.
+	// reason; nil is silent. Its handler must not block.
 	Log *slog.Logger
 
-	refusing chan struct{}
-	wg       sync.WaitGroup
-	mu       sync.Mutex
-	conns    map[io.Closer]struct{} // of all goroutines of wg
+	wg     sync.WaitGroup
+	mu     sync.Mutex
+	conns  map[io.Closer]struct{} // of all goroutines of wg
+	silent []*vfiouser.Server     // in the order in which they came
 }
 
 // Listen makes a link's socket. A socket that a dead service left behind is
@@ -47,95 +57,116 @@ func (s *Server) Serve(ctx context.Context, listener *net.UnixListener) error {
 		s.Log = slog.New(slog.DiscardHandler)
 	}
 	s.conns = map[io.Closer]struct{}{}
-	s.refusing = make(chan struct{}, maxRefusals)
-	stop := context.AfterFunc(ctx, func() { listener.Close() })
-	defer stop()
 	defer s.end()
-	for {
-		conn, err := listener.AcceptUnix()
-		switch {
-		case ctx.Err() != nil:
-			if conn != nil {
-				conn.Close()
-			}
-			return nil
-		case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE), errors.Is(err, unix.ENOMEM), errors.Is(err, unix.ENOBUFS):
-			// Out of descriptors or memory: this client cannot be served, but those
-			// that are connected go on. The pending connection stays in the
-			// backlog, so accepting again at once would spin.
-			s.Log.Error("cannot accept a client", "error", err)
-			if !pause(ctx) {
-				return nil
-			}
-		case errors.Is(err, unix.ECONNABORTED):
-		case err != nil:
-			listener.Close()
-			return fmt.Errorf("accept: %w", err)
-		default:
-			s.connect(conn)
-		}
-	}
+	return sockpath.Accept(ctx, listener, func(err error) {
+		s.Log.Error("cannot accept a client", "error", err)
+	}, s.connect)
 }
 
-// connect makes a function for a client and serves it in a goroutine.
+// connect serves a client in a goroutine. It becomes a peer when it has made
+// itself known by a VERSION message.
 func (s *Server) connect(conn *net.UnixConn) {
-	who := credentials(conn)
-	f, err := New(s.Link, s.Options)
+	who, err := fdpass.PeerCredentials(conn)
 	if err != nil {
-		s.Log.Warn("client refused", "process", who, "reason", err)
-		errno := unix.EBUSY
-		if !errors.Is(err, link.ErrFull) {
-			errno = unix.ENOMEM
+		conn.Close()
+		s.Log.Error("cannot serve a client", "error", err)
+		return
+	}
+	process := slog.Group("process", "pid", who.Pid, "user", who.Uid)
+	var f *Function
+	var v *vfiouser.Server
+	v, err = vfiouser.NewServer(conn, func() (vfiouser.Device, error) {
+		s.spoke(v)
+		if len(s.Users) > 0 && !slices.Contains(s.Users, who.Uid) {
+			return nil, fmt.Errorf("user %d is not allowed: %w", who.Uid, unix.EACCES)
 		}
-		s.refuse(conn, errno)
-		return
-	}
-	v, err := vfiouser.NewServer(conn, f, vfiouser.ServerOptions{})
+		var err error
+		if f, err = New(s.Link, s.Options); err != nil {
+			return nil, refusal(err)
+		}
+		s.Log.Info("peer connected", "id", f.ID(), process)
+		return f, nil
+	}, vfiouser.ServerOptions{})
 	if err != nil {
-		f.Close()
-		s.Log.Error("cannot serve a client", "process", who, "error", err)
+		s.Log.Error("cannot serve a client", process, "error", err)
 		return
 	}
-	s.Log.Info("peer connected", "id", f.ID(), "process", who)
 	s.start(v, func() {
-		err := v.Run()
-		f.Close()
+		err := s.run(v)
+		s.spoke(v)
+		ended := err == nil || errors.Is(err, net.ErrClosed)
 		switch {
-		case err == nil, errors.Is(err, net.ErrClosed):
-			s.Log.Info("peer disconnected", "id", f.ID(), "process", who)
-		default:
-			s.Log.Warn("peer disconnected", "id", f.ID(), "process", who, "reason", err)
+		case f == nil && ended:
+			s.Log.Info("client ended without a VERSION message", process)
+			return
+		case f == nil:
+			s.Log.Warn("client refused", process, "reason", err)
+			return
+		}
+		f.Close()
+		if ended {
+			s.Log.Info("peer disconnected", "id", f.ID(), process)
+		} else {
+			s.Log.Warn("peer disconnected", "id", f.ID(), process, "reason", err)
 		}
 	})
 }
 
-// refuse tells a surplus client why it is turned away, without holding up
-// anybody else.
-func (s *Server) refuse(conn *net.UnixConn, errno unix.Errno) {
-	select {
-	case s.refusing <- struct{}{}:
-	default:
-		conn.Close()
-		return
+// refusal adds the error number that goes out.
+func refusal(err error) error {
+	errno := unix.EBUSY
+	if !errors.Is(err, link.ErrFull) && !errors.Is(err, link.ErrTaken) {
+		errno = unix.ENOMEM
 	}
-	s.start(conn, func() {
-		defer func() { <-s.refusing }()
-		vfiouser.Refuse(conn, errno)
-	})
+	return &refused{err, errno}
+}
+
+type refused struct {
+	error
+	errno unix.Errno
+}
+
+func (r *refused) Unwrap() []error { return []error{r.errno, r.error} }
+
+// run serves a client to its end. Where the shared memory is not sealed, a
+// peer can cut the file short; that ends the connections that touch it, and
+// nothing else.
+func (s *Server) run(v *vfiouser.Server) (err error) {
+	if s.Link.Sealed() {
+		return v.Run()
+	}
+	if fault := mem.Guard(func() { err = v.Run() }); fault != nil {
+		return fault
+	}
+	return err
 }
 
 // start runs what has to do with a connection, until the end at the latest.
 // Only the loop of Serve calls it.
-func (s *Server) start(conn io.Closer, run func()) {
+func (s *Server) start(v *vfiouser.Server, run func()) {
 	s.mu.Lock()
-	s.conns[conn] = struct{}{}
+	s.conns[v] = struct{}{}
+	s.silent = append(s.silent, v)
+	if len(s.silent) > maxSilent || s.Options.Pin != nil && len(s.silent) > maxSilentPinned {
+		s.silent[0].Close()
+		s.silent = s.silent[1:]
+	}
 	s.mu.Unlock()
 	s.wg.Go(func() {
 		run()
 		s.mu.Lock()
-		delete(s.conns, conn)
+		delete(s.conns, v)
 		s.mu.Unlock()
 	})
+}
+
+// spoke takes a client from the list of the silent ones.
+func (s *Server) spoke(v *vfiouser.Server) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if i := slices.Index(s.silent, v); i >= 0 {
+		s.silent = slices.Delete(s.silent, i, i+1)
+	}
 }
 
 func (s *Server) end() {
@@ -145,24 +176,4 @@ func (s *Server) end() {
 	}
 	s.mu.Unlock()
 	s.wg.Wait()
-}
-
-// credentials names the process at the other end of a socket, for the log.
-func credentials(conn *net.UnixConn) string {
-	u, err := fdpass.PeerCredentials(conn)
-	if err != nil {
-		return "unknown"
-	}
-	return fmt.Sprintf("%d (user %d)", u.Pid, u.Uid)
-}
-
-// pause waits before the next try of something that failed for want of
-// resources; it is false when the context ended.
-func pause(ctx context.Context) bool {
-	select {
-	case <-ctx.Done():
-		return false
-	case <-time.After(100 * time.Millisecond):
-		return true
-	}
 }

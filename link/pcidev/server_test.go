@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"os"
@@ -12,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
@@ -54,13 +56,18 @@ type service struct {
 	link *link.Link
 }
 
-func serve(t *testing.T, c link.Config) *service {
+func serve(t *testing.T, c link.Config, change ...func(*Server)) *service {
+	t.Helper()
+	return serveLink(t, newLink(t, c), change...)
+}
+
+func serveLink(t *testing.T, l *link.Link, change ...func(*Server)) *service {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "pcidev")
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &service{path: filepath.Join(dir, "link"), link: newLink(t, c)}
+	s := &service{path: filepath.Join(dir, "link"), link: l}
 	listener, err := Listen(s.path)
 	if err != nil {
 		t.Fatal(err)
@@ -68,6 +75,9 @@ func serve(t *testing.T, c link.Config) *service {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	server := &Server{Link: s.link, Log: slog.New(slog.NewTextHandler(&s.log, nil))}
+	for _, f := range change {
+		f(server)
+	}
 	go func() { done <- server.Serve(ctx, listener) }()
 	t.Cleanup(func() {
 		cancel()
@@ -127,21 +137,100 @@ func TestServerPeersComeAndGo(t *testing.T) {
 	}
 }
 
-// TestServerManyRefusals lets many surplus clients come that say nothing:
-// they hold up nobody.
-func TestServerManyRefusals(t *testing.T) {
+// TestServerSilence lets clients connect that say nothing, more than there are
+// peers and more than the service keeps: none takes a peer's place, those that
+// mean it get in, and the first ones that said nothing are closed.
+func TestServerSilence(t *testing.T) {
 	s := serve(t, link.Config{Peers: 2, Vectors: 1})
 	a := s.dial(t)
-	s.dial(t)
-	for range 3 * maxRefusals {
-		c, err := net.Dial("unix", s.path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer c.Close()
+	var silent []int
+	for range 2 * maxSilent {
+		silent = append(silent, s.connect(t))
 	}
-	if got := register(t, a, regMaxPeers); got != 2 {
-		t.Errorf("Maximum Peers %d", got)
+	b := s.dial(t)
+	if ids := []uint32{register(t, a, regID), register(t, b, regID)}; ids[0] != 0 || ids[1] != 1 {
+		t.Errorf("IDs %d, want 0 and 1", ids)
+	}
+	// The last one was accepted before b was, and needed this one's place.
+	expectEnd(t, silent[maxSilent-1])
+	if n, _, err := unix.Recvfrom(silent[len(silent)-1], make([]byte, 1), unix.MSG_DONTWAIT); err != unix.EAGAIN {
+		t.Errorf("the last that connected: got %d, %v, want it to be open", n, err)
+	}
+}
+
+// TestServerUsers refuses a client by its credentials.
+func TestServerUsers(t *testing.T) {
+	me := uint32(os.Getuid())
+	s := serve(t, link.Config{Peers: 2, Vectors: 1}, func(s *Server) { s.Users = []uint32{me + 1, me} })
+	a := s.dial(t)
+	others := serve(t, link.Config{Peers: 2, Vectors: 1}, func(s *Server) { s.Users = []uint32{me + 1} })
+	if _, err := vfiouser.Dial(t.Context(), others.path); !errors.Is(err, vfiouser.ErrRefused) || !errors.Is(err, unix.EACCES) {
+		t.Errorf("another user: got %v, want EACCES", err)
+	}
+	others.log.await(t, "is not allowed")
+	if n := len(others.link.Snapshot().Peers); others.link.Snapshot().Peers[0].Present || n != 2 {
+		t.Error("the refused client is a peer")
+	}
+	if got := register(t, a, regID); got != 0 {
+		t.Errorf("the user that is allowed: ID %d", got)
+	}
+}
+
+// TestServerPin gives a socket to each peer: whoever connects gets the ID of
+// its socket, in whatever order.
+func TestServerPin(t *testing.T) {
+	l := newLink(t, link.Config{Peers: 3, Vectors: 1})
+	pinned := make([]*service, 3)
+	for i := range pinned {
+		id := uint32(i)
+		pinned[i] = serveLink(t, l, func(s *Server) { s.Options.Pin = &id })
+	}
+	var clients [3]*vfiouser.Client
+	for _, i := range []int{2, 0, 1} {
+		clients[i] = pinned[i].dial(t)
+		if got := register(t, clients[i], regID); got != uint32(i) {
+			t.Errorf("socket %d: ID %d", i, got)
+		}
+	}
+	if _, err := vfiouser.Dial(t.Context(), pinned[1].path); !errors.Is(err, unix.EBUSY) {
+		t.Errorf("a second client of a socket: got %v, want EBUSY", err)
+	}
+	for _, i := range []int{0, 2} {
+		clients[i].Close()
+		pinned[i].log.await(t, "peer disconnected")
+	}
+	if got := register(t, pinned[2].dial(t), regID); got != 2 {
+		t.Errorf("after a departure of 0 and 2, socket 2: ID %d", got)
+	}
+}
+
+// TestServerFileCutShort shortens the file behind a link to nothing, as any
+// peer can that has it.
+func TestServerFileCutShort(t *testing.T) {
+	s := serve(t, link.Config{Peers: 3, Vectors: 1, ReadWrite: 4096, File: filepath.Join(t.TempDir(), "memory")})
+	hostile, a, b := s.dial(t), s.dial(t), s.dial(t)
+	r, err := hostile.Region(bar2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(r.FD)
+	if err := unix.Ftruncate(r.FD, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.WriteRegion(bar0, regState, []byte{7, 0, 0, 0}); err != nil {
+		t.Fatal(err)
+	}
+	var p [4]byte
+	if err := b.ReadRegion(bar2, 4, p[:]); err != nil || p[0] != 7 {
+		t.Errorf("state of peer 1: got %x, %v, want 7", p, err)
+	}
+	// A trapped access to what is not there any more.
+	if err := a.ReadRegion(bar2, 4096, p[:]); err == nil {
+		t.Error("an access to nothing succeeded")
+	}
+	s.log.await(t, "cut short")
+	if got := register(t, b, regID); got != 2 {
+		t.Errorf("afterwards: ID %d", got)
 	}
 }
 
@@ -159,8 +248,15 @@ func TestServerViolation(t *testing.T) {
 	if _, err := conn.Write([]byte{1, 0, 1, 0, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 0, 0, 0}); err != nil {
 		t.Fatal(err)
 	}
-	s.log.await(t, `level=WARN msg="peer disconnected" id=1`)
+	s.log.await(t, `level=WARN msg="client refused"`)
 	s.log.await(t, "broke the protocol")
+	// The same from one that is a peer.
+	peer := s.connect(t)
+	hello := []byte{1, 0, 1, 0, 20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
+	if _, err := unix.Write(peer, append(hello, 2, 0, 4, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)); err != nil {
+		t.Fatal(err)
+	}
+	s.log.await(t, `level=WARN msg="peer disconnected" id=1`)
 	if got := register(t, good, regID); got != 0 {
 		t.Errorf("the other peer: ID %d", got)
 	}
@@ -197,9 +293,9 @@ func TestServerDeath(t *testing.T) {
 	}
 }
 
-// TestServerEndsRefusals ends the service while a surplus client has not said
-// anything yet: when Serve returns, that connection is closed as well.
-func TestServerEndsRefusals(t *testing.T) {
+// TestServerEndsSilence ends the service while a client has not said anything
+// yet: when Serve returns, that connection is closed as well.
+func TestServerEndsSilence(t *testing.T) {
 	dir, err := os.MkdirTemp("", "pcidev")
 	if err != nil {
 		t.Fatal(err)
@@ -210,31 +306,97 @@ func TestServerEndsRefusals(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var log logBuffer
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
-	server := &Server{Link: newLink(t, link.Config{Peers: 2, Vectors: 1}), Log: slog.New(slog.NewTextHandler(&log, nil))}
+	server := &Server{Link: newLink(t, link.Config{Peers: 2, Vectors: 1})}
 	go func() { done <- server.Serve(ctx, listener) }()
+	s := &service{path: path}
 	var fds []int
 	for range 3 {
-		fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer unix.Close(fd)
-		if err := unix.Connect(fd, &unix.SockaddrUnix{Name: path}); err != nil {
-			t.Fatal(err)
-		}
-		fds = append(fds, fd)
+		fds = append(fds, s.connect(t))
 	}
-	log.await(t, "client refused")
+	s.dial(t) // the others have been accepted before
 	cancel()
 	if err := <-done; err != nil {
 		t.Error(err)
 	}
-	for i, fd := range fds {
+	for _, fd := range fds {
 		if n, _, err := unix.Recvfrom(fd, make([]byte, 1), unix.MSG_DONTWAIT); n != 0 || err != nil {
-			t.Errorf("connection %d after the end: got %d, %v, want it to be closed", i, n, err)
+			t.Errorf("a connection after the end: got %d, %v, want it to be closed", n, err)
 		}
 	}
+}
+
+// connect is a client that says nothing.
+func (s *service) connect(t *testing.T) int {
+	t.Helper()
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(fd) })
+	if err := unix.Connect(fd, &unix.SockaddrUnix{Name: s.path}); err != nil {
+		t.Fatal(err)
+	}
+	return fd
+}
+
+// expectEnd waits until the service has closed a connection.
+func expectEnd(t *testing.T, fd int) {
+	t.Helper()
+	if n, err := unix.Read(fd, make([]byte, 1)); n != 0 || err != nil {
+		t.Errorf("got %d, %v, want the end of the connection", n, err)
+	}
+}
+
+// TestServerThousandPeers: a state change of one interrupts a thousand others.
+func TestServerThousandPeers(t *testing.T) {
+	const n = 1000
+	s := serve(t, link.Config{Peers: n + 1, Vectors: 1})
+	changer := s.dial(t)
+	before := usage(t)
+	fds := make([]int, n)
+	for i := range fds {
+		c := s.dial(t)
+		fds[i] = eventfd(t, 0, 0) // a read blocks
+		if err := c.SetIRQs(vfiouser.IRQSet{Index: 2, Action: vfiouser.IRQTrigger, EventFD: true, Count: 1, FDs: fds[i : i+1]}); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.WriteRegion(bar0, regControl, []byte{1, 0, 0, 0}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	after := usage(t)
+	t.Logf("%d peers, both ends: %d threads, %d KiB of memory", n, after["Threads"]-before["Threads"], after["VmRSS"]-before["VmRSS"])
+	for state := byte(1); state < 4; state++ {
+		begin := time.Now()
+		if err := changer.WriteRegion(bar0, regState, []byte{state, 0, 0, 0}); err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("a state change: %v", time.Since(begin))
+		for _, fd := range fds {
+			var b [8]byte
+			if _, err := unix.Read(fd, b[:]); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
+// usage reads the numbers of /proc/self/status.
+func usage(t *testing.T) map[string]int {
+	t.Helper()
+	b, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		t.Fatal(err)
+	}
+	numbers := map[string]int{}
+	for line := range strings.Lines(string(b)) {
+		var n int
+		name, value, _ := strings.Cut(line, ":")
+		if _, err := fmt.Sscan(value, &n); err == nil {
+			numbers[name] = n
+		}
+	}
+	return numbers
 }

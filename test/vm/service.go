@@ -19,6 +19,9 @@ import (
 type Service struct {
 	// Socket is the path of the link's socket.
 	Socket string
+	// QEMU is what the service told to add to QEMU's command line, besides
+	// the device.
+	QEMU []string
 	*Child
 
 	dir string
@@ -45,6 +48,11 @@ func Serve(ctx context.Context, log io.Writer, options ...string) (*Service, err
 	}
 	select {
 	case <-ready.ready:
+		for line := range strings.Lines(ready.text()) {
+			if f := strings.Fields(line); len(f) == 2 && f[0][0] == '-' && !strings.Contains(line, "vfio-user-pci") {
+				s.QEMU = append(s.QEMU, f...)
+			}
+		}
 		return s, nil
 	case <-s.Done():
 		err = fmt.Errorf("ivshctl serve: %w\n%s", s.Kill(), ready.text())
