@@ -6,5 +6,7 @@
 // It follows the "Inter-VM Shared Memory device, version 2" specification. A
 // link's whole state is one value, [State], which changes only inside calls
 // of [Peer] methods; what peers can write, the shared memory, is never read
-// back.
+// back. The exception are peers that are the device themselves
+// ([Link.AttachExternal]): their state is what they wrote to their own entry of
+// the State Table.
 package link

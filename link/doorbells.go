@@ -28,6 +28,7 @@ type doorbells struct {
 
 	mu  sync.Mutex           // taken inside the link's, never the other way round
 	fds map[uint32]*doorbell // by value of the Doorbell register
+	out *evfd.Signaller
 }
 
 type doorbell struct {
@@ -75,10 +76,9 @@ func (p *Peer) SetDirect(vector uint16, direct bool) {
 	defer d.mu.Unlock()
 	key := regs.Doorbell(uint16(p.id), vector)
 	b := d.fds[key]
-	if b == nil || b.direct == direct {
-		return
+	if b != nil && b.direct != direct {
+		d.set(key, b, direct)
 	}
-	d.set(key, b, direct)
 }
 
 // IsDoorbell reports whether fd is the peer's own doorbell eventfd of a
@@ -113,19 +113,21 @@ func (l *Link) doorbells() (*doorbells, error) {
 	}
 	d := &doorbells{link: l, fds: map[uint32]*doorbell{}, done: make(chan struct{})}
 	var err error
-	if d.stop, err = evfd.New(); err != nil {
+	if d.out, err = evfd.NewSignaller(l.FD()); err != nil {
 		return nil, err
 	}
-	if _, err := drain(d.stop); err != nil {
-		unix.Close(d.stop)
+	if d.stop, err = evfd.New(); err != nil {
+		d.out.Close()
 		return nil, err
 	}
 	if d.epfd, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
+		d.out.Close()
 		unix.Close(d.stop)
 		return nil, err
 	}
 	ev := unix.EpollEvent{Events: unix.EPOLLIN, Fd: -1}
 	if err := unix.EpollCtl(d.epfd, unix.EPOLL_CTL_ADD, d.stop, &ev); err != nil {
+		d.out.Close()
 		unix.Close(d.stop)
 		unix.Close(d.epfd)
 		return nil, err
@@ -146,9 +148,11 @@ func (d *doorbells) watch(key uint32, fd int) error {
 func (d *doorbells) set(key uint32, b *doorbell, direct bool) {
 	if direct {
 		unix.EpollCtl(d.epfd, unix.EPOLL_CTL_DEL, b.fd, nil)
+		// What was rung before belongs to the time before.
+		evfd.Drain(b.fd)
 	} else {
 		// What the former reader left there is not for the next.
-		drain(b.fd)
+		evfd.Drain(b.fd)
 		if d.watch(key, b.fd) != nil {
 			return
 		}
@@ -156,31 +160,13 @@ func (d *doorbells) set(key uint32, b *doorbell, direct bool) {
 	b.direct = direct
 }
 
-// indirect takes all doorbell eventfds of a peer back when it leaves.
-func (d *doorbells) indirect(id uint32) {
+// signal raises a vector at a target that reads its doorbell eventfds. An
+// error means that the eventfd is of no use to the target either.
+func (d *doorbells) signal(target uint32, vector uint16) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for key, b := range d.fds {
-		if target, _ := regs.SplitDoorbell(key); uint32(target) == id && b.direct {
-			d.set(key, b, false)
-		}
-	}
-}
-
-// drain sets the counter of an eventfd to 0 and reports whether it was above
-// 0. It does not block, whatever became of O_NONBLOCK (preadv2(2), RWF_NOWAIT;
-// for eventfds since Linux 5.8).
-func drain(fd int) (bool, error) {
-	var b [8]byte
-	for {
-		n, err := unix.Preadv2(fd, [][]byte{b[:]}, -1, unix.RWF_NOWAIT)
-		switch err {
-		case unix.EINTR:
-			continue
-		case unix.EAGAIN:
-			return false, nil
-		}
-		return n == len(b), err
+	if b := d.fds[regs.Doorbell(uint16(target), vector)]; b != nil {
+		_ = d.out.Signal(b.fd)
 	}
 }
 
@@ -202,7 +188,7 @@ func (d *doorbells) forward() {
 			b := d.fds[key]
 			rung := false
 			if b != nil && !b.direct {
-				rung, _ = drain(b.fd)
+				rung = evfd.Drain(b.fd)
 			}
 			d.mu.Unlock()
 			if rung {
@@ -221,6 +207,7 @@ func (d *doorbells) close() {
 		unix.Close(b.fd)
 	}
 	clear(d.fds)
+	d.out.Close()
 	unix.Close(d.epfd)
 	unix.Close(d.stop)
 }

@@ -6,15 +6,17 @@ import (
 	"os"
 	"sync"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/ivshmem-go/ivshmem/internal/mem"
 	"github.com/ivshmem-go/ivshmem/regs"
 	"github.com/ivshmem-go/ivshmem/shmem"
 )
 
-// ErrFull says that all peer IDs of a link are taken.
-var ErrFull = errors.New("all peers of the link are connected")
+var (
+	// ErrFull says that all peer IDs of a link are taken.
+	ErrFull = errors.New("all peers of the link are connected")
+	// ErrTaken says that the one peer ID that was asked for is taken.
+	ErrTaken = errors.New("the peer is connected already")
+)
 
 // State is everything a link remembers between two calls: one value that can
 // be encoded as JSON. The index is the peer ID.
@@ -26,6 +28,10 @@ type State struct {
 type PeerState struct {
 	Present bool   `json:"present"`
 	State   uint32 `json:"state"`
+	// External says that the peer carries out the device itself, see
+	// [Link.AttachExternal]. The link knows no Interrupt Control and no
+	// one-shot mode of it.
+	External bool `json:"external,omitempty"`
 	// Enabled is bit 0 of Interrupt Control.
 	Enabled bool `json:"interrupts_enabled"`
 	// OneShot is bit 0 of Privileged Control.
@@ -42,21 +48,33 @@ type Interrupter interface {
 // Link is a link: a shared memory and the device model of its peers. It is
 // safe for concurrent use.
 type Link struct {
-	config Config
-	layout shmem.Layout
-	file   *os.File
-	memory *mem.Mapping
-	table  *shmem.ReadWrite
+	config  Config
+	layout  shmem.Layout
+	file    *os.File
+	sealed  bool
+	created bool // the file, by us
+	memory  *mem.Mapping
+	table   *shmem.ReadWrite
 
-	mu       sync.Mutex
-	state    State
-	raise    []Interrupter // by peer ID, nil where no peer is
-	doorbell *doorbells
-	closed   bool
+	mu        sync.Mutex
+	state     State
+	raise     []Interrupter // by peer ID, nil where no peer is, or an external one
+	taken     []bool        // by peer ID, also while a peer is on its way in
+	lowest    uint32        // no ID below it is free
+	present   []uint32      // in the order in which they came
+	observers []Observer
+	doorbell  *doorbells
+	closed    bool
 }
 
-// New makes a link with fresh, zeroed shared memory: a memfd of exactly the
-// layout's size, sealed, so that no peer can change its size under another.
+// New makes a link. Its shared memory is a memfd of exactly the layout's size,
+// sealed, so that no peer can change its size under another.
+//
+// With a File it is that file, made with mode 0600 if it does not exist, and
+// removed by Close then. One that exists has to belong to the user of this
+// process and to be in use by no other link, and is overwritten with zeros.
+// Such memory is not sealed: any peer that gets the descriptor can end the
+// others (not the service) by making the file shorter.
 func New(c Config) (*Link, error) {
 	layout, err := c.Layout()
 	if err != nil {
@@ -67,32 +85,13 @@ func New(c Config) (*Link, error) {
 		config: c, layout: layout,
 		state: State{Peers: make([]PeerState, c.Peers)},
 		raise: make([]Interrupter, c.Peers),
+		taken: make([]bool, c.Peers),
 	}
 	if err := l.allocate(); err != nil {
 		l.Close()
 		return nil, fmt.Errorf("shared memory of %d bytes: %w", layout.Total(), err)
 	}
 	return l, nil
-}
-
-func (l *Link) allocate() error {
-	fd, err := unix.MemfdCreate("ivshmem", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
-	if err != nil {
-		return fmt.Errorf("memfd_create: %w", err)
-	}
-	l.file = os.NewFile(uintptr(fd), "ivshmem")
-	size := l.layout.Total()
-	if err := l.file.Truncate(int64(size)); err != nil {
-		return err
-	}
-	if _, err := unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_SEAL); err != nil {
-		return fmt.Errorf("seal: %w", err)
-	}
-	if l.memory, err = mem.Map(fd, 0, size, true); err != nil {
-		return err
-	}
-	l.table, err = l.memory.Memory.ReadWrite(shmem.NameStateTable, 0, l.layout.StateTable)
-	return err
 }
 
 // Close gives the shared memory back. Peers that have it mapped keep their
@@ -111,10 +110,14 @@ func (l *Link) Close() error {
 	if l.memory != nil {
 		l.memory.Close()
 	}
-	if l.file != nil {
-		return l.file.Close()
+	var err error
+	if l.created {
+		err = os.Remove(l.config.File)
 	}
-	return nil
+	if l.file != nil {
+		err = errors.Join(err, l.file.Close())
+	}
+	return err
 }
 
 // Config returns the configuration, with the State Table size filled in.
@@ -126,38 +129,19 @@ func (l *Link) Layout() shmem.Layout { return l.layout }
 // Memory is the whole shared memory. It belongs to the link.
 func (l *Link) Memory() *shmem.Memory { return l.memory.Memory }
 
+// Sealed reports whether nobody can change the size of the shared memory.
+func (l *Link) Sealed() bool { return l.sealed }
+
 // FD is the descriptor of the shared memory. It belongs to the link.
 func (l *Link) FD() int { return int(l.file.Fd()) }
-
-// Snapshot returns a copy of the link's state.
-func (l *Link) Snapshot() State {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return State{Peers: append([]PeerState(nil), l.state.Peers...)}
-}
-
-// Attach connects a peer under the lowest free ID. It has state 0 and
-// disabled interrupts; the others notice it when it sets a state. Without a
-// free ID the error wraps [ErrFull].
-func (l *Link) Attach(i Interrupter) (*Peer, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for id := range l.state.Peers {
-		p := &l.state.Peers[id]
-		if p.Present {
-			continue
-		}
-		*p = PeerState{Present: true}
-		l.raise[id] = i
-		return &Peer{link: l, id: uint32(id)}, nil
-	}
-	return nil, fmt.Errorf("link of %d peers: %w", len(l.state.Peers), ErrFull)
-}
 
 // interrupt delivers an event to a peer, or discards it. In one-shot mode
 // the delivery consumes the enable. The caller holds l.mu.
 func (l *Link) interrupt(id uint32, vector uint16) {
 	p := &l.state.Peers[id]
+	if p.External && l.doorbell != nil {
+		l.doorbell.signal(id, vector)
+	}
 	if !p.Present || !p.Enabled {
 		return
 	}
@@ -180,20 +164,22 @@ func (l *Link) ring(target, vector uint16) {
 
 // setState carries out a write of v to the State register: the table entry is
 // written in any case, the others are interrupted only if the value changed.
-// The atomic store is a full barrier, as the specification's order demands.
 // The caller holds l.mu.
 func (l *Link) setState(id uint32, v uint32) {
-	// The table is the link's own mapping, so the store fails only after
-	// Close; the state proper is in l.state.
-	l.table.Store32(4*uint64(id), v)
+	l.storeEntry(id, v)
 	p := &l.state.Peers[id]
 	if p.State == v {
 		return
 	}
 	p.State = v
-	for other := range l.state.Peers {
-		if uint32(other) != id {
-			l.interrupt(uint32(other), 0)
+	l.interruptOthers(id)
+}
+
+// interruptOthers raises vector 0 at all peers but one. The caller holds l.mu.
+func (l *Link) interruptOthers(id uint32) {
+	for _, other := range l.present {
+		if other != id {
+			l.interrupt(other, 0)
 		}
 	}
 }
@@ -250,8 +236,9 @@ func (p *Peer) Store(r regs.Register, v uint32) {
 	}
 }
 
-// StateOf returns the state of any peer, from the link's own copy. It is 0
-// for IDs that do not exist.
+// StateOf returns the state of any peer, from the link's own copy; that of an
+// external peer from its entry of the State Table. It is 0 for IDs that do not
+// exist.
 func (p *Peer) StateOf(id uint32) uint32 {
 	l := p.link
 	if id >= l.config.Peers {
@@ -259,7 +246,7 @@ func (p *Peer) StateOf(id uint32) uint32 {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.state.Peers[id].State
+	return l.stateOf(id)
 }
 
 // SetOneShot sets Privileged Control bit 0.
@@ -283,19 +270,4 @@ func (l *Link) reset(id uint32) {
 	s := &l.state.Peers[id]
 	s.Enabled, s.OneShot = false, false
 	l.setState(id, 0)
-}
-
-// Detach disconnects the peer: a reset, and its ID is free again. The peer
-// must not be used afterwards.
-func (p *Peer) Detach() {
-	l := p.link
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.reset(p.id)
-	if l.doorbell != nil {
-		// Before the ID is free: the next peer may be direct at once.
-		l.doorbell.indirect(p.id)
-	}
-	l.state.Peers[p.id].Present = false
-	l.raise[p.id] = nil
 }

@@ -52,7 +52,7 @@ func newLink(t *testing.T, c Config) *Link {
 func attach(t *testing.T, l *Link) (*Peer, *recorder) {
 	t.Helper()
 	r := &recorder{}
-	p, err := l.Attach(r)
+	p, err := l.Attach(nil, r)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -145,7 +145,7 @@ func TestStateOrder(t *testing.T) {
 	l := newLink(t, testConfig)
 	a, _ := attach(t, l)
 	var seen uint32
-	b, err := l.Attach(raiseFunc(func(uint16) { seen = table(t, l, 0) }))
+	b, err := l.Attach(nil, raiseFunc(func(uint16) { seen = table(t, l, 0) }))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -281,7 +281,7 @@ func TestAttach(t *testing.T) {
 		}
 		peers = append(peers, p)
 	}
-	if _, err := l.Attach(&recorder{}); !errors.Is(err, ErrFull) {
+	if _, err := l.Attach(nil, &recorder{}); !errors.Is(err, ErrFull) {
 		t.Errorf("one peer too many: got %v, want ErrFull", err)
 	}
 	peers[1].Detach()
@@ -477,7 +477,7 @@ func TestModel(t *testing.T) {
 					}
 				}
 				rec[id] = &recorder{}
-				if peers[id], err = l.Attach(rec[id]); err != nil || peers[id].ID() != uint32(id) {
+				if peers[id], err = l.Attach(nil, rec[id]); err != nil || peers[id].ID() != uint32(id) {
 					t.Fatalf("attach: %v", err)
 				}
 				m[id] = model{present: true}

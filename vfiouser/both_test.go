@@ -35,7 +35,7 @@ func newHalves(t testing.TB, change ...func(*fake)) *pair {
 		f(dev)
 	}
 	ours, theirs := unixPair(t)
-	srv, err := vfiouser.NewServer(theirs, dev, vfiouser.ServerOptions{})
+	srv, err := vfiouser.NewServer(theirs, func() (vfiouser.Device, error) { return dev, nil }, vfiouser.ServerOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -399,7 +399,14 @@ func TestDial(t *testing.T) {
 			done <- err
 			return
 		}
-		done <- vfiouser.Refuse(second, unix.EBUSY)
+		srv, err := vfiouser.NewServer(second, func() (vfiouser.Device, error) { return nil, unix.EBUSY }, vfiouser.ServerOptions{})
+		if err == nil {
+			err = srv.Run()
+		}
+		if !errors.Is(err, unix.EBUSY) {
+			t.Errorf("Run: %v, want EBUSY", err)
+		}
+		done <- nil
 	}()
 	c, err := vfiouser.Dial(context.Background(), path)
 	if err != nil {

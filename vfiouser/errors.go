@@ -37,8 +37,14 @@ type RemoteError struct {
 
 func (e *RemoteError) Error() string {
 	if e.refused {
-		return fmt.Sprintf("%v with %s (%v): another client may be connected to this socket, each serves one",
-			ErrRefused, errnoName(e.Errno), e.Errno)
+		reason := ""
+		switch e.Errno {
+		case unix.EBUSY:
+			reason = ": it has no device left for another client"
+		case unix.EACCES:
+			reason = ": it does not take clients of this user"
+		}
+		return fmt.Sprintf("%v with %s (%v)%s", ErrRefused, errnoName(e.Errno), e.Errno, reason)
 	}
 	return fmt.Sprintf("vfio-user %s: the server answered %s (%v)", e.Command, errnoName(e.Errno), e.Errno)
 }

@@ -34,6 +34,7 @@ type ServerOptions struct {
 // Server is the server half of one connection.
 type Server struct {
 	conn           *fdpass.Conn
+	open           func() (Device, error)
 	dev            Device
 	versionTimeout time.Duration
 	regions        [NumRegions]Region
@@ -52,7 +53,7 @@ type Server struct {
 // Serve serves dev to the client on conn until the client goes away or breaks
 // the protocol. It is [NewServer] and [Server.Run].
 func Serve(conn *net.UnixConn, dev Device, opts ServerOptions) error {
-	s, err := NewServer(conn, dev, opts)
+	s, err := NewServer(conn, func() (Device, error) { return dev, nil }, opts)
 	if err != nil {
 		return err
 	}
@@ -61,7 +62,12 @@ func Serve(conn *net.UnixConn, dev Device, opts ServerOptions) error {
 
 // NewServer prepares the server half on conn, which it takes over in any case.
 // The caller must call Run, or Close.
-func NewServer(conn *net.UnixConn, dev Device, opts ServerOptions) (*Server, error) {
+//
+// Run calls open for the device when the client has sent a good VERSION
+// message: one that says nothing takes nothing. Where open fails the client is
+// refused with that error, which goes out as those of [Device] do. EBUSY is the
+// usual answer to one client too many, EACCES to one that may not connect.
+func NewServer(conn *net.UnixConn, open func() (Device, error), opts ServerOptions) (*Server, error) {
 	c, err := fdpass.FromUnixConn(conn)
 	if err != nil {
 		return nil, err
@@ -72,7 +78,7 @@ func NewServer(conn *net.UnixConn, dev Device, opts ServerOptions) (*Server, err
 	if opts.VersionTimeout <= 0 {
 		opts.VersionTimeout = DefaultTimeout
 	}
-	s := &Server{conn: c, dev: dev, versionTimeout: opts.VersionTimeout, maxFDs: qemuMaxFDs}
+	s := &Server{conn: c, open: open, versionTimeout: opts.VersionTimeout, maxFDs: qemuMaxFDs}
 	s.in = make([]byte, 4096)
 	s.out = make([]byte, wire.HeaderSize, wire.HeaderSize+wire.AccessSize+4096)
 	return s, nil
@@ -89,15 +95,12 @@ func (s *Server) Close() error { return s.conn.Close() }
 // It returns nil when the client closed between two messages. Otherwise the
 // error is [net.ErrClosed] (Close), [os.ErrDeadlineExceeded] (no VERSION in
 // time, or the client does not read its replies), [io.ErrUnexpectedEOF] (the
-// client went away inside a message), a [*ProtocolError], or an error of the
-// socket.
+// client went away inside a message), a [*ProtocolError], an error of the
+// socket, or that of open.
 func (s *Server) Run() error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	defer s.conn.Close()
-	for i := range s.regions {
-		s.regions[i] = s.dev.Region(uint32(i))
-	}
 	err := s.negotiate()
 	for err == nil {
 		err = s.serveOne()
@@ -141,6 +144,13 @@ func (s *Server) version(h wire.Header) error {
 	}
 	if v.Major != 0 {
 		return s.reject(h, "major version 0", fmt.Sprintf("version %d.%d", v.Major, v.Minor))
+	}
+	if s.dev, err = s.open(); err != nil {
+		_ = s.reply(h, err) // the reason is worth more than a failure to tell it
+		return fmt.Errorf("vfio-user client refused: %w", err)
+	}
+	for i := range s.regions {
+		s.regions[i] = s.dev.Region(uint32(i))
 	}
 	s.clientMaxFDs = min(v.MaxFDs, fdpass.MaxFDs)
 	// QEMU refuses a server that takes more descriptors than QEMU knows of,

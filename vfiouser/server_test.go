@@ -35,7 +35,7 @@ func serve(t testing.TB, opts vfiouser.ServerOptions, change ...func(*fake)) *se
 		f(dev)
 	}
 	peer, conn := newPair(t)
-	srv, err := vfiouser.NewServer(conn, dev, opts)
+	srv, err := vfiouser.NewServer(conn, func() (vfiouser.Device, error) { return dev, nil }, opts)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -458,51 +458,47 @@ func TestDescriptorsOnPayload(t *testing.T) {
 	}
 }
 
+// TestRefuse: the device is asked for once, by the client's good VERSION, and
+// what it says instead is the answer.
 func TestRefuse(t *testing.T) {
-	checkLeaks(t)
-	peer, conn := newPair(t)
-	done := make(chan error)
-	go func() { done <- vfiouser.Refuse(conn, unix.EBUSY) }()
-	peer.write(message(3, 1, uint16(0), uint16(0), qemuJSON, byte(0)), eventfd(t, 0))
-	peer.expect(errorAnswer(3, 1, unix.EBUSY))
-	peer.expectClosed()
-	if err := <-done; err != nil {
-		t.Error(err)
-	}
-	// Framing that makes no sense is refused all the same.
-	peer, conn = newPair(t)
-	go func() { done <- vfiouser.Refuse(conn, unix.EBUSY) }()
-	peer.write(cat(uint16(3), uint16(1), max32, 0, 0))
-	peer.expect(errorAnswer(3, 1, unix.EBUSY))
-	peer.expectClosed()
-	if err := <-done; err != nil {
-		t.Error(err)
-	}
-	// A client that wants no reply, one that goes away, one that says nothing,
-	// and one that does not finish.
 	for _, c := range []struct {
-		bytes []byte
-		end   bool
-		want  error
+		name   string
+		bytes  []byte
+		asked  int
+		answer []byte
+		want   error
 	}{
-		{cat(uint16(3), uint16(1), 16, 0x10, 0), false, nil},
-		{nil, true, io.EOF},
-		{message(3, 1, uint16(0), uint16(0))[:17], true, io.ErrUnexpectedEOF},
-		{nil, false, os.ErrDeadlineExceeded},
-		{message(3, 1, uint16(0), uint16(0))[:17], false, os.ErrDeadlineExceeded},
+		{"full", message(3, 1, uint16(0), uint16(0), qemuJSON, byte(0)), 1, errorAnswer(3, 1, unix.EBUSY), unix.EBUSY},
+		{"no reply wanted", cat(uint16(3), uint16(1), 20, 0x10, 0, uint16(0), uint16(0)), 1, nil, unix.EBUSY},
+		{"another version", message(3, 1, uint16(1), uint16(0)), 0, errorAnswer(3, 1, unix.EINVAL), nil},
+		{"silence", nil, 0, nil, os.ErrDeadlineExceeded},
+		{"not all of it", message(3, 1, uint16(0), uint16(0))[:17], 0, nil, os.ErrDeadlineExceeded},
 	} {
-		peer, conn = newPair(t)
-		go func() { done <- vfiouser.RefuseWithin(conn, unix.EBUSY, 20*time.Millisecond) }()
-		peer.write(c.bytes)
-		if c.end {
-			peer.close()
-		}
-		if err := <-done; !errors.Is(err, c.want) {
-			t.Errorf("after %x: %v, want %v", c.bytes, err, c.want)
-		}
-		if !c.end {
+		t.Run(c.name, func(t *testing.T) {
+			checkLeaks(t)
+			peer, conn := newPair(t)
+			asked := 0
+			srv, err := vfiouser.NewServer(conn, func() (vfiouser.Device, error) {
+				asked++
+				return nil, fmt.Errorf("no peer is free: %w", unix.EBUSY)
+			}, vfiouser.ServerOptions{VersionTimeout: 20 * time.Millisecond})
+			if err != nil {
+				t.Fatal(err)
+			}
+			done := make(chan error, 1)
+			go func() { done <- srv.Run() }()
+			peer.write(c.bytes)
+			if c.answer != nil {
+				peer.expect(c.answer)
+			}
 			peer.expectClosed()
-		}
+			if err := <-done; err == nil || c.want != nil && !errors.Is(err, c.want) {
+				t.Errorf("Run: %v, want %v", err, c.want)
+			}
+			if asked != c.asked {
+				t.Errorf("the device was asked for %d times, want %d", asked, c.asked)
+			}
+		})
 	}
 }
 
@@ -510,7 +506,7 @@ func TestRefuse(t *testing.T) {
 func TestServerNotRun(t *testing.T) {
 	checkLeaks(t)
 	peer, conn := newPair(t)
-	srv, err := vfiouser.NewServer(conn, newFake(t), vfiouser.ServerOptions{})
+	srv, err := vfiouser.NewServer(conn, nil, vfiouser.ServerOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}

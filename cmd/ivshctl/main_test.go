@@ -1,16 +1,34 @@
 package main
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/ivshmem-go/ivshmem/ivshmemtest"
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"ivshctl": main})
+	testscript.Main(m, map[string]func(){"ivshctl": main, "ivshmem2-client": ivshmem2Client, "unix-echo": unixEcho, "unix-talk": unixTalk})
+}
+
+// ivshmem2Client connects to an ivshmem2-server socket and prints what it is
+// told: `ivshmem2-client PATH`.
+func ivshmem2Client() {
+	c, err := ivshmemtest.DialIvshmem2(os.Args[1])
+	if err == nil {
+		err = c.Setup()
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	fmt.Printf("ID %d of %d, %d vectors, protocol %#x, output %d, %d bytes\n", c.ID, c.MaxPeers, c.Vectors, c.Protocol, c.Output, len(c.Memory))
 }
 
 // TestScripts runs whole sessions of the real program.
@@ -25,6 +43,7 @@ func TestScripts(t *testing.T) {
 			}
 			e.Defer(func() { os.RemoveAll(dir) })
 			e.Setenv("SOCKET", filepath.Join(dir, "link"))
+			e.Setenv("UID", strconv.Itoa(os.Getuid()))
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){"await": awaitFile},

@@ -40,8 +40,10 @@ var rules = map[string]rule{
 
 	"link": {own: []string{"regs", "shmem", "internal/evfd", "internal/mem"}, others: []string{unix},
 		why: "the device model on the host knows no way to a device in a guest"},
-	"link/pcidev": {own: []string{"regs", "shmem", "link", "vfiouser", "internal/evfd", "internal/fdpass", "internal/sockpath"}, others: []string{unix},
+	"link/pcidev": {own: []string{"regs", "shmem", "link", "vfiouser", "internal/evfd", "internal/fdpass", "internal/mem", "internal/sockpath"}, others: []string{unix},
 		why: "a PCI function over the wire"},
+	"link/ivshsock": {own: []string{"link", "internal/fdpass", "internal/sockpath"}, others: []string{unix},
+		why: "the socket of ivshmem2-server"},
 
 	"vfio": {own: []string{"regs", "shmem", "internal/evfd", "internal/fault", "internal/mem", "internal/sysfs"}, others: []string{unix},
 		why: "a way to a device: it knows neither the root nor the other ways"},
@@ -57,10 +59,16 @@ var rules = map[string]rule{
 		why: "a protocol knows a device, and not what carries it"},
 	"ivshmemtest": {own: []string{"", "link", "link/pcidev"}, others: []string{unix}, why: "for tests: the service and its peers in one process"},
 
+	"internal/filecopy": {why: "a protocol over any connection"},
+	"internal/relay":    {why: "joins any two connections"},
 	"internal/pingpong": {own: []string{"", "shmem"}, others: []string{unix, "github.com/HdrHistogram/hdrhistogram-go"},
 		why: "a protocol never knows what carries it"},
-	"cmd/ivshctl": {own: []string{"", "regs", "shmem", "link", "link/pcidev", "internal/sysfs"}, others: []string{unix, "github.com/urfave/cli/v2"},
+	"cmd/ivshctl": {own: []string{"", "regs", "shmem", "link", "link/pcidev", "link/ivshsock", "internal/sockpath", "stream", "internal/filecopy", "internal/relay", "internal/sysfs"}, others: []string{unix, "github.com/urfave/cli/v2"},
 		why: "commands parse, call and print"},
+	"examples/http":   {own: []string{"", "stream"}, why: "what a user would write"},
+	"examples/rpc":    {own: []string{"", "stream"}, why: "what a user would write"},
+	"examples/pubsub": {own: []string{"", "stream"}, why: "what a user would write"},
+	"examples/sensor": {own: []string{"", "shmem"}, why: "what a user would write"},
 	"cmd/ivsh-pingpong": {own: []string{"", "regs", "link", "link/pcidev", "internal/pingpong"}, others: []string{unix, "github.com/urfave/cli/v2"},
 		why: "commands parse, call and print"},
 }

@@ -1,6 +1,7 @@
 package sockpath_test
 
 import (
+	"context"
 	"errors"
 	"io"
 	"net"
@@ -197,5 +198,133 @@ func TestPathLength(t *testing.T) {
 	}
 	if _, err := sockpath.Listen(dir + "/no/such/folder"); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("no such folder: %v", err)
+	}
+}
+
+// TestRights: the file has the rights that were asked for, whatever the umask,
+// and had no others while nobody had asked for more.
+func TestRights(t *testing.T) {
+	for _, umask := range []int{0, 0o077} {
+		for _, mode := range []os.FileMode{0o600, 0o660, 0o666} {
+			p := path(t)
+			stale(t, p) // which may have had any rights
+			old := unix.Umask(umask)
+			group := os.Getgid()
+			l, err := sockpath.ListenWith(p, sockpath.Rights{Mode: mode, Group: &group})
+			unix.Umask(old)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if st, err := os.Lstat(p); err != nil || st.Mode().Perm() != mode {
+				t.Errorf("umask %03o, mode %03o: found %v, %v", umask, mode, st.Mode(), err)
+			}
+			answers(t, l, p)
+			l.Close()
+			if _, err := os.Lstat(p); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("the socket is left behind: %v", err)
+			}
+		}
+	}
+	t.Run("another owner", func(t *testing.T) {
+		if os.Getuid() != 0 {
+			t.Skip("only root can give a socket away")
+		}
+		p, owner, group := path(t), 12345, 23456
+		l, err := sockpath.ListenWith(p, sockpath.Rights{Mode: 0o640, Owner: &owner, Group: &group})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		var st unix.Stat_t
+		if err := unix.Lstat(p, &st); err != nil || st.Uid != 12345 || st.Gid != 23456 || st.Mode&0o777 != 0o640 {
+			t.Errorf("found owner %d, group %d, mode %03o, %v", st.Uid, st.Gid, st.Mode&0o777, err)
+		}
+	})
+	t.Run("not ours to give", func(t *testing.T) {
+		if os.Getuid() == 0 {
+			t.Skip("root can give everything away")
+		}
+		p, owner := path(t), 0
+		if l, err := sockpath.ListenWith(p, sockpath.Rights{Owner: &owner}); err == nil {
+			l.Close()
+			t.Error("a socket was given to root")
+		}
+		if _, err := os.Lstat(p); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("a socket is left behind: %v", err)
+		}
+	})
+}
+
+// TestRightsAtBirth looks at the file between its creation and the end of
+// ListenWith, again and again: at no time may it have more rights than asked
+// for.
+func TestRightsAtBirth(t *testing.T) {
+	defer unix.Umask(unix.Umask(0))
+	p := path(t)
+	stop, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			if st, err := os.Lstat(p); err == nil && st.Mode().Perm() != 0o600 {
+				t.Errorf("mode %v", st.Mode())
+				return
+			}
+		}
+	}()
+	for range 2000 {
+		l, err := sockpath.ListenWith(p, sockpath.Rights{Mode: 0o600})
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.Close()
+	}
+	close(stop)
+	<-done
+}
+
+// TestAccept: every client is passed on until the context ends; then the
+// listener is closed.
+func TestAccept(t *testing.T) {
+	p := path(t)
+	l, err := sockpath.Listen(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	taken := make(chan struct{})
+	done := make(chan error, 1)
+	go func() {
+		done <- sockpath.Accept(ctx, l, func(err error) { t.Error(err) }, func(c *net.UnixConn) {
+			c.Close()
+			taken <- struct{}{}
+		})
+	}()
+	for range 3 {
+		c, err := net.Dial("unix", p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		<-taken
+		c.Close()
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Lstat(p); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the socket is left behind: %v", err)
+	}
+	// A listener that somebody else closed.
+	if l, err = sockpath.Listen(p); err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
+	if err := sockpath.Accept(t.Context(), l, nil, nil); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("got %v, want net.ErrClosed", err)
 	}
 }
