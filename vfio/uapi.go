@@ -10,7 +10,6 @@ import (
 // Facts of the kernel's VFIO interface (Linux, include/uapi/linux/vfio.h).
 // The request numbers have no size encoded: _IO(';', 100 + n).
 const (
-	ioctlCheckExtension    = 0x3b65
 	ioctlSetIOMMU          = 0x3b66
 	ioctlGroupStatus       = 0x3b67
 	ioctlGroupSetContainer = 0x3b68
@@ -18,13 +17,16 @@ const (
 	ioctlRegionInfo        = 0x3b6c
 	ioctlIRQInfo           = 0x3b6d
 	ioctlSetIRQs           = 0x3b6e
+	ioctlBindIOMMUFD       = 0x3b76
 
 	iommuType1v2 = 3
+	iommuNone    = 8 // no-IOMMU mode
 
 	groupViable = 1
 
 	irqSetDataNone    = 1 << 0
 	irqSetDataEventFD = 1 << 2
+	irqSetUnmask      = 1 << 4
 	irqSetTrigger     = 1 << 5
 
 	regionFlagMmap = 1 << 2
@@ -32,11 +34,18 @@ const (
 	regionBAR0   = 0
 	regionBAR2   = 2
 	regionConfig = 7
+	irqINTx      = 0
 	irqMSIX      = 2
 	irqRequest   = 4 // the kernel asks for the device back
 )
 
 type groupStatus struct{ argsz, flags uint32 }
+
+type bindIOMMUFD struct {
+	argsz, flags uint32
+	iommufd      int32
+	deviceID     uint32 // out
+}
 
 type regionInfo struct {
 	argsz, flags, index, capOffset uint32
@@ -92,6 +101,16 @@ func setEventFDs(device int, index uint32, fds []int) error {
 	}
 	_, err := ioctl(device, ioctlSetIRQs, unsafe.Pointer(s))
 	return err
+}
+
+// unmask lets the next INTx through: the kernel masks it with each.
+func unmask(device int) error {
+	s := irqSet{flags: irqSetDataNone | irqSetUnmask, index: irqINTx, count: 1}
+	s.argsz = uint32(unsafe.Sizeof(s))
+	if _, err := ioctl(device, ioctlSetIRQs, unsafe.Pointer(&s)); err != nil {
+		return fmt.Errorf("unmask INTx: %w", err)
+	}
+	return nil
 }
 
 // irqCount is the number of sub-indexes of an interrupt index.

@@ -2,8 +2,18 @@
 // only back end that keeps interrupt vectors apart in a guest without a
 // driver of its own.
 //
-// It uses the group and container interface (Linux,
-// Documentation/driver-api/vfio.rst).
+// The device is had through its own character device and an iommufd, through
+// its IOMMU group, or in no-IOMMU mode ([FindWay]); after that there is no
+// difference.
+//
+// # State at the end of a program
+//
+// Behind a PCI Express root port the kernel resets the device when its file is
+// closed, so State is 0 however the program ended. On the root bus it cannot:
+// there State 0 is what the program itself writes by closing the device, as
+// deferred calls do at a return, and at a panic in their own goroutine. A
+// panic in another goroutine, like SIGKILL, runs none, and State stays until
+// the next owner, a reset of the guest, or the end of QEMU.
 package vfio
 
 import (
@@ -11,9 +21,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
+	"slices"
 	"sync"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -31,15 +40,16 @@ const Driver = "vfio-pci"
 // Backend is an open device. It implements the back end interface of the
 // root package.
 type Backend struct {
-	address string
-	device  int // descriptors, -1 if not open
-	group   int
-	iommu   int
-	config  regionInfo
-	window  *regs.Window
-	set     *mem.Set
-	vectors []int
-	gone    evfd.Source // eventfd of the kernel's device request
+	address   string
+	way       Way
+	files     []int // of the way; each is closed once
+	device    int   // -1 if not open; may be one of files
+	config    regionInfo
+	registers registers
+	set       *mem.Set
+	irq       uint32 // index of the interrupts: MSI-X or INTx
+	vectors   []int
+	gone      evfd.Source // eventfd of the kernel's device request
 
 	mu     sync.RWMutex // held for writing by Close
 	closed bool
@@ -48,20 +58,27 @@ type Backend struct {
 // Open opens the device with a full PCI address. It has to be bound to
 // vfio-pci, and all of its IOMMU group to vfio-pci or nothing.
 func Open(address string) (*Backend, error) {
-	b := &Backend{address: address, device: -1, group: -1, iommu: -1}
+	b := &Backend{address: address, device: -1}
 	if err := b.open(); err != nil {
 		b.Close()
-		var e *fault.DeviceError
-		if !errors.As(err, &e) {
-			e = &fault.DeviceError{Device: address, Op: "open through vfio-pci", Err: err}
-			if errors.Is(err, os.ErrPermission) {
-				e.Remedy = "run as root, or get access rights by the rules that `ivshctl udev` prints"
-			}
-			err = e
-		}
-		return nil, err
+		return nil, b.failed(err)
 	}
 	return b, nil
+}
+
+func (b *Backend) failed(err error) error {
+	if e := (*fault.DeviceError)(nil); errors.As(err, &e) {
+		return err
+	}
+	e := &fault.DeviceError{Device: b.address, Op: "open through vfio-pci", Err: err}
+	switch r := (*fault.Reason)(nil); {
+	case errors.As(err, &r) && err == error(r):
+		e.Err, e.Remedy = r.Err, r.Remedy
+	case errors.As(err, &r): // its remedy is in the text
+	case errors.Is(err, os.ErrPermission):
+		e.Remedy = "run as root, or get access rights by the rules that `ivshctl udev` prints"
+	}
+	return e
 }
 
 func (b *Backend) open() error {
@@ -74,32 +91,38 @@ func (b *Backend) open() error {
 			Err:    fmt.Errorf("expected driver %s, found %q", Driver, dev.Driver),
 			Remedy: "run `ivshctl bind`"}
 	}
-	if err := b.openDevice(dev.IOMMUGroup); err != nil {
+	if b.way, err = FindWay(dev); err != nil {
+		return err
+	}
+	if b.files, err = b.way.openFiles(); err != nil {
+		return err
+	}
+	if b.device, err = b.way.open(b.files, b.address); err != nil {
 		return err
 	}
 	if err := b.enable(); err != nil {
 		return err
 	}
-	r, err := regionOf(b.device, regionBAR0)
-	if err != nil {
-		return err
-	}
-	if b.window, err = regs.MapWindow(uintptr(b.device), int64(r.offset), int(min(r.size, regs.RegionSize))); err != nil {
+	if b.registers, err = openRegisters(b.device); err != nil {
 		return err
 	}
 	config, err := b.Config()
 	if err != nil {
 		return err
 	}
-	layout, own, err := mem.Geometry(config, b.window.Load)
+	layout, own, err := mem.Geometry(config, b.registers.Load)
 	if err != nil {
 		return err
 	}
-	if r, err = regionOf(b.device, regionBAR2); err != nil {
+	r, err := regionOf(b.device, regionBAR2)
+	if err != nil {
 		return err
 	}
 	if r.size == 0 {
-		return fmt.Errorf("%w: the device has no BAR2, its shared memory can be reached through uio_ivshmem only: run `ivshctl bind --driver uio_ivshmem`", fault.ErrNotSupported)
+		return &fault.Reason{
+			Err:    fmt.Errorf("%w: the device has no BAR2, its shared memory can be reached through the kernel driver uio_ivshmem (kmod/) only", fault.ErrNotSupported),
+			Remedy: "run `ivshctl bind --driver uio_ivshmem`",
+		}
 	}
 	if r.flags&regionFlagMmap == 0 {
 		return fmt.Errorf("%w: the kernel does not let BAR2 be mapped", fault.ErrNotSupported)
@@ -113,82 +136,48 @@ func (b *Backend) open() error {
 	return b.connectVectors()
 }
 
-func (b *Backend) openDevice(group string) error {
-	if group == "" {
-		return fmt.Errorf("%w: expected an IOMMU group, found none: this machine has no IOMMU, or it is off", fault.ErrNotSupported)
-	}
-	var err error
-	if b.iommu, err = open("/dev/vfio/vfio"); err != nil {
-		return err
-	}
-	if b.group, err = open(filepath.Join("/dev/vfio", group)); err != nil {
-		if errors.Is(err, unix.EBUSY) {
-			return fmt.Errorf("%w: another process has %w", fault.ErrBusy, err)
-		}
-		return err
-	}
-	st := groupStatus{}
-	st.argsz = uint32(unsafe.Sizeof(st))
-	if _, err := ioctl(b.group, ioctlGroupStatus, unsafe.Pointer(&st)); err != nil {
-		return fmt.Errorf("IOMMU group %s: %w", group, err)
-	}
-	if st.flags&groupViable == 0 {
-		return fmt.Errorf("IOMMU group %s: %w: other devices of the group are bound to other drivers", group, fault.ErrNotSupported)
-	}
-	container := int32(b.iommu)
-	if _, err := ioctl(b.group, ioctlGroupSetContainer, unsafe.Pointer(&container)); err != nil {
-		return fmt.Errorf("IOMMU group %s: %w", group, err)
-	}
-	if err := ioctlInt(b.iommu, ioctlSetIOMMU, iommuType1v2); err != nil {
-		return fmt.Errorf("set IOMMU type1v2: %w", err)
-	}
-	name, err := unix.BytePtrFromString(b.address)
-	if err != nil {
-		return err
-	}
-	if b.device, err = ioctl(b.group, ioctlGroupGetDevice, unsafe.Pointer(name)); err != nil {
-		return fmt.Errorf("get device of IOMMU group %s: %w", group, err)
-	}
-	unix.CloseOnExec(b.device)
-	return nil
-}
-
-func open(path string) (int, error) {
-	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return -1, &os.PathError{Op: "open", Path: path, Err: err}
-	}
-	return fd, nil
-}
-
-// enable switches memory decoding and bus master on; without the latter no
-// MSI-X message leaves the device.
+// enable switches decoding and bus master on; without the latter no MSI-X
+// message leaves the device.
 func (b *Backend) enable() error {
-	const offset, memory, busMaster = 4, 1 << 1, 1 << 2
+	const command, bar0 = 0x04, 0x10
+	const inIO = 1 << 0 // of a base address register
+	const io, memory, busMaster = 1 << 0, 1 << 1, 1 << 2
 	var err error
 	if b.config, err = regionOf(b.device, regionConfig); err != nil {
 		return err
 	}
-	var c [2]byte
-	if _, err := unix.Pread(b.device, c[:], int64(b.config.offset)+offset); err != nil {
-		return fmt.Errorf("read Command register: %w", err)
+	config, err := b.Config()
+	if err != nil {
+		return err
 	}
-	binary.LittleEndian.PutUint16(c[:], binary.LittleEndian.Uint16(c[:])|memory|busMaster)
-	if _, err := unix.Pwrite(b.device, c[:], int64(b.config.offset)+offset); err != nil {
+	if len(config) < regs.ConfigUnprivileged {
+		return fmt.Errorf("%w: expected at least %d bytes, found %d", regs.ErrConfigShort, regs.ConfigUnprivileged, len(config))
+	}
+	on := uint16(memory | busMaster)
+	if config[bar0]&inIO != 0 {
+		on |= io
+	}
+	c := binary.LittleEndian.AppendUint16(nil, binary.LittleEndian.Uint16(config[command:])|on)
+	if _, err := unix.Pwrite(b.device, c, int64(b.config.offset)+command); err != nil {
 		return fmt.Errorf("write Command register: %w", err)
 	}
 	return nil
 }
 
-// connectVectors gives each MSI-X vector an eventfd of its own, and one to the
-// kernel's notice that it wants the device back.
+// connectVectors gives each MSI-X vector, or INTx, an eventfd of its own, and
+// one to the kernel's notice that it wants the device back.
 func (b *Backend) connectVectors() error {
-	n, err := irqCount(b.device, irqMSIX)
+	b.irq = irqMSIX
+	n, err := irqCount(b.device, b.irq)
+	if err == nil && n == 0 {
+		b.irq = irqINTx
+		n, err = irqCount(b.device, b.irq)
+	}
 	if err != nil {
 		return err
 	}
 	if n > regs.VectorsMax {
-		return fmt.Errorf("MSI-X vectors: expected at most %d, found %d", regs.VectorsMax, n)
+		return fmt.Errorf("interrupt vectors: expected at most %d, found %d", regs.VectorsMax, n)
 	}
 	for range n {
 		fd, err := evfd.New()
@@ -198,8 +187,8 @@ func (b *Backend) connectVectors() error {
 		b.vectors = append(b.vectors, fd)
 	}
 	if n > 0 {
-		if err := setEventFDs(b.device, irqMSIX, b.vectors); err != nil {
-			return fmt.Errorf("connect %d MSI-X vectors: %w", n, err)
+		if err := setEventFDs(b.device, b.irq, b.vectors); err != nil {
+			return fmt.Errorf("connect %d interrupt vectors: %w", n, err)
 		}
 	}
 	if n, err = irqCount(b.device, irqRequest); err != nil || n == 0 {
@@ -216,11 +205,27 @@ func (b *Backend) connectVectors() error {
 	return nil
 }
 
+// unmask is done when the kernel masked INTx.
+func (b *Backend) unmask() error {
+	b.mu.RLock()
+	defer b.mu.RUnlock()
+	if b.closed {
+		return os.ErrClosed
+	}
+	return unmask(b.device)
+}
+
 // Address is the PCI address.
 func (b *Backend) Address() string { return b.address }
 
-// Driver is "vfio-pci".
-func (b *Backend) Driver() string { return Driver }
+// Driver is "vfio-pci", with the way in parentheses if it is not the group:
+// "vfio-pci (iommufd)", "vfio-pci (no-IOMMU)".
+func (b *Backend) Driver() string {
+	if b.way.Name == WayGroup {
+		return Driver
+	}
+	return Driver + " (" + b.way.Name + ")"
+}
 
 // Config reads the configuration space.
 func (b *Backend) Config() ([]byte, error) {
@@ -249,19 +254,23 @@ func (b *Backend) WriteConfig(offset int, v uint8) error {
 }
 
 // Load reads a register.
-func (b *Backend) Load(r regs.Register) (uint32, error) { return b.window.Load(r) }
+func (b *Backend) Load(r regs.Register) (uint32, error) { return b.registers.Load(r) }
 
 // Store writes a register.
-func (b *Backend) Store(r regs.Register, v uint32) error { return b.window.Store(r, v) }
+func (b *Backend) Store(r regs.Register, v uint32) error { return b.registers.Store(r, v) }
 
 // Sections is the shared memory.
 func (b *Backend) Sections() *shmem.Sections { return &b.set.Sections }
 
-// Interrupts has one eventfd per MSI-X vector. The kernel's device request ends
-// them: until the device is closed, its removal, or the unbinding of the
-// driver, waits.
+// Interrupts has one eventfd per MSI-X vector, or one for INTx. The kernel's
+// device request ends them: until the device is closed, its removal, or the
+// unbinding of the driver, waits.
 func (b *Backend) Interrupts() evfd.Interrupts {
-	return evfd.Interrupts{FDs: b.vectors, Gone: b.gone}
+	i := evfd.Interrupts{FDs: b.vectors, Gone: b.gone}
+	if b.irq == irqINTx && len(b.vectors) > 0 {
+		i.Rearm = b.unmask
+	}
+	return i
 }
 
 // Close gives the device back to the kernel, which switches MSI-X and bus
@@ -274,23 +283,27 @@ func (b *Backend) Close() error {
 	}
 	b.closed = true
 	var errs []error
-	if b.window != nil {
-		errs = append(errs, b.window.Close())
+	if b.registers != nil {
+		errs = append(errs, b.registers.Close())
 	}
 	if b.set != nil {
 		errs = append(errs, b.set.Close())
 	}
 	if len(b.vectors) > 0 {
-		errs = append(errs, setEventFDs(b.device, irqMSIX, nil))
+		errs = append(errs, setEventFDs(b.device, b.irq, nil))
 	}
-	fds := append([]int{b.device, b.group, b.iommu}, b.vectors...)
+	fds := slices.Clone(b.vectors)
 	if b.gone.Events != 0 {
 		fds = append(fds, b.gone.FD)
 	}
+	if b.device >= 0 && !slices.Contains(b.files, b.device) {
+		fds = append(fds, b.device)
+	}
+	for _, fd := range slices.Backward(b.files) {
+		fds = append(fds, fd)
+	}
 	for _, fd := range fds {
-		if fd >= 0 {
-			unix.Close(fd)
-		}
+		unix.Close(fd)
 	}
 	return errors.Join(errs...)
 }
