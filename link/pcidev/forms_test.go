@@ -285,6 +285,29 @@ func TestINTx(t *testing.T) {
 		p.unmask()
 		p.expect1("unmasked", 1, true)
 	})
+	// QEMU takes any access to a BAR for the end of the interrupt, also one
+	// that came before the guest took it.
+	t.Run("unmasked before the driver acknowledged", func(t *testing.T) {
+		p := newPin(t)
+		p.ring(0)
+		p.disable(true)
+		p.unmask()
+		p.disable(false)
+		p.ring(0)
+		p.expect1("rung twice", 2, true)
+		for range raisedAgain {
+			p.unmask()
+			p.expect1("unmasked, not acknowledged", 1, true)
+		}
+		p.unmask()
+		p.expect1("a driver that does not acknowledge any more", 0, true)
+		p.ring(0)
+		p.disable(true)
+		p.expect1("acknowledged", 1, false)
+		p.unmask()
+		p.disable(false)
+		p.expect1("after that", 0, false)
+	})
 	t.Run("reset", func(t *testing.T) {
 		p := newPin(t)
 		p.ring(0)

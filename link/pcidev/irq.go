@@ -23,6 +23,11 @@ type vectors struct {
 	intx     bool
 	disabled bool // Command, Interrupt Disable
 	status   bool // Status, Interrupt Status
+	// credit is how often an interrupt is raised again that was unmasked
+	// without having been acknowledged: QEMU takes any access to a BAR for
+	// its end, also one that came before the guest took the interrupt. A
+	// driver that never acknowledges has none: it would be stormed.
+	credit int
 }
 
 func newVectors(n uint16, intx bool, file int) (*vectors, error) {
@@ -97,11 +102,16 @@ func (v *vectors) setDisabled(on bool) {
 	defer v.mu.Unlock()
 	v.disabled = on
 	if on {
-		v.status = false
+		if v.status {
+			v.status, v.credit = false, raisedAgain
+		}
 		return
 	}
 	v.deliver(&v.slots[0])
 }
+
+// raisedAgain is how often one interrupt is raised again.
+const raisedAgain = 16
 
 // interruptStatus is Interrupt Status.
 func (v *vectors) interruptStatus() bool {
@@ -120,6 +130,10 @@ func (v *vectors) mask(set vfiouser.IRQSet, on bool) {
 		}
 		s := &v.slots[set.Start+i]
 		s.masked = on
+		if !on && v.status && v.credit > 0 {
+			v.credit--
+			s.pending = true
+		}
 		v.deliver(s)
 	}
 }
@@ -188,7 +202,7 @@ func (v *vectors) trigger(set vfiouser.IRQSet) {
 func (v *vectors) reset() {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	v.enabled, v.disabled, v.status = false, false, false
+	v.enabled, v.disabled, v.status, v.credit = false, false, false, 0
 	v.forget()
 }
 

@@ -40,7 +40,8 @@ type Config struct {
 	// Arch is the guest's architecture, Debian's name; "" is AMD64.
 	Arch string
 	// Kernel is the Debian release whose cloud kernel boots and whose
-	// packages are used; "" is fetch.Trixie.
+	// packages are used; "" is fetch.Trixie. fetch.Small has the kernel that is
+	// built from source, for AMD64 and without OwnModule.
 	Kernel string
 	// Append is added to the kernel's command line.
 	Append []string

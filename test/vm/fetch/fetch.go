@@ -27,10 +27,19 @@ const (
 	Bookworm = "bookworm"
 	// Backports has newer kernels for Trixie; everything else is Trixie's.
 	Backports = "trixie-backports"
+	// Small is, where a kernel is meant, one for amd64 that is built from
+	// Debian's source with what its own kernels lack: iommufd, the character
+	// devices of VFIO, no-IOMMU mode. Everything else is Trixie's.
+	Small = "small"
 )
 
-// baseSuite returns the suite to which a suite of backports belongs.
-func baseSuite(suite string) string { return strings.TrimSuffix(suite, "-backports") }
+// baseSuite returns the suite whose packages go with a kernel.
+func baseSuite(suite string) string {
+	if suite == Small {
+		return Trixie
+	}
+	return strings.TrimSuffix(suite, "-backports")
+}
 
 // PackagesFile lists, in each unpacked folder, the packages in it and their
 // versions.
@@ -90,7 +99,7 @@ func (c *Cache) folder(ctx context.Context, r request) (string, error) {
 	if exists(dir) {
 		return dir, nil
 	}
-	unlock, err := c.lock(ctx)
+	unlock, err := c.lock(ctx, "lock")
 	if err != nil {
 		return "", err
 	}
@@ -184,13 +193,14 @@ func download(ctx context.Context, a apt, r request, dir string) ([]string, erro
 	return names, err
 }
 
-// lock keeps other processes from fetching at the same time. The kernel
-// releases it when the process ends, however it ends.
-func (c *Cache) lock(ctx context.Context) (unlock func(), err error) {
+// lock keeps other processes from making the same thing at the same time, by
+// a file of the cache. The kernel releases it when the process ends, however it
+// ends.
+func (c *Cache) lock(ctx context.Context, name string) (unlock func(), err error) {
 	if err := os.MkdirAll(c.Dir, 0o755); err != nil {
 		return nil, fmt.Errorf("cache folder (set IVSHMEM_CACHE to choose another): %w", err)
 	}
-	f, err := os.OpenFile(filepath.Join(c.Dir, "lock"), os.O_RDWR|os.O_CREATE, 0o644)
+	f, err := os.OpenFile(filepath.Join(c.Dir, name), os.O_RDWR|os.O_CREATE, 0o644)
 	if err != nil {
 		return nil, fmt.Errorf("cache folder (set IVSHMEM_CACHE to choose another): %w", err)
 	}
@@ -272,8 +282,12 @@ type Kernel struct {
 	Modules string // folder of its modules, with modules.builtin
 }
 
-// Kernel returns the cloud kernel of a Debian release for an architecture.
+// Kernel returns the cloud kernel of a Debian release for an architecture, or
+// the one that is built from source (Small).
 func (c *Cache) Kernel(ctx context.Context, suite, arch string) (Kernel, error) {
+	if suite == Small {
+		return c.smallKernel(ctx, arch)
+	}
 	needed := regexp.MustCompile(`^linux-(base|image|binary|modules)-[0-9]`)
 	dir, err := c.folder(ctx, request{
 		key: "kernel-" + suite + "-" + arch, what: "a kernel", suite: baseSuite(suite), release: suite, arch: arch,

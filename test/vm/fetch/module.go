@@ -26,6 +26,9 @@ import (
 // added to make's command line. A module is built again when its sources or
 // args change.
 func (c *Cache) Module(ctx context.Context, suite, arch, source string, args ...string) (string, error) {
+	if suite == Small {
+		return "", errors.New("no module can be built for the small kernel, of which no headers are kept: use one of Debian's")
+	}
 	kernel, err := c.Kernel(ctx, suite, arch)
 	if err != nil {
 		return "", err
@@ -42,7 +45,7 @@ func (c *Cache) Module(ctx context.Context, suite, arch, source string, args ...
 	if exists(dir) {
 		return findModule(dir)
 	}
-	unlock, err := c.lock(ctx)
+	unlock, err := c.lock(ctx, "lock")
 	if err != nil {
 		return "", err
 	}

@@ -13,8 +13,11 @@ import (
 )
 
 var programs = map[string]func(ctx context.Context, args []string) (any, error){
+	"bar2":      bar2,
 	"copies":    copies,
+	"crash":     crash,
 	"oneshot":   oneShot,
+	"ring":      ring,
 	"uio-hold":  hold,
 	"uio-rules": rules,
 	"uio-wait":  wait,

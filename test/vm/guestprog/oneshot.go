@@ -4,13 +4,15 @@ import (
 	"context"
 	"errors"
 	"flag"
-	"fmt"
 	"runtime"
+	"strings"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/ivshmem-go/ivshmem"
+	"github.com/ivshmem-go/ivshmem/internal/sysfs"
+	"github.com/ivshmem-go/ivshmem/peer"
 	"github.com/ivshmem-go/ivshmem/regs"
 	"github.com/ivshmem-go/ivshmem/uio"
 	"github.com/ivshmem-go/ivshmem/vfio"
@@ -47,24 +49,39 @@ func (a *armCounter) Store(r regs.Register, v uint32) error {
 	return a.Backend.Store(r, v)
 }
 
+// backEnd opens what carries a device, which Open keeps to itself.
+func backEnd(device string) (ivshmem.Backend, error) {
+	if strings.Contains(device, "/") {
+		return peer.Dial(device)
+	}
+	found, err := ivshmem.Find(device)
+	if err != nil {
+		return nil, err
+	}
+	dev, err := sysfs.Root.Device(found.Address)
+	switch {
+	case err != nil:
+		return nil, err
+	case found.Driver == vfio.Driver:
+		return vfio.Open(found.Address)
+	case uio.Carries(dev):
+		return uio.Open(found.Address)
+	case uio.IsGeneric(dev):
+		return uio.OpenGeneric(found.Address)
+	}
+	return dev.Open()
+}
+
 // oneShot waits for a sequence number in the other peer's output section to
 // grow, in one-shot mode, and confirms each that it sees in its own.
 func oneShot(ctx context.Context, args []string) (any, error) {
 	flags := flag.NewFlagSet("oneshot", flag.ContinueOnError)
+	device := flags.String("device", "", "PCI address or socket path; the only one")
 	lose := flags.Uint64("lose", 0, "lose every Nth arm")
 	if err := flags.Parse(args); err != nil {
 		return nil, err
 	}
-	found, err := ivshmem.Discover()
-	if err != nil || len(found) != 1 {
-		return nil, fmt.Errorf("expected one device, found %d: %w", len(found), err)
-	}
-	var carrier ivshmem.Backend
-	if found[0].Driver == vfio.Driver {
-		carrier, err = vfio.Open(found[0].Address)
-	} else {
-		carrier, err = uio.Open(found[0].Address)
-	}
+	carrier, err := backEnd(*device)
 	if err != nil {
 		return nil, err
 	}
@@ -78,10 +95,16 @@ func oneShot(ctx context.Context, args []string) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	runtime.LockOSThread()
-	if err := dev.SetState(1); err != nil {
+	if err := until(ctx, func() (bool, error) {
+		s, err := dev.State(1 - dev.ID())
+		return s == 1, err
+	}); err != nil {
+		return nil, errors.Join(errors.New("waiting for the other side"), err)
+	}
+	if err := greet(dev); err != nil {
 		return nil, err
 	}
+	runtime.LockOSThread()
 	r := &OneShotResult{}
 	var seen uint64
 	for {

@@ -41,6 +41,8 @@ var campaigns = []campaign{
 	{"peers", "state changes and the death of one guest, seen by another by interrupt", 5 * time.Second, peers},
 	{"oneshot", "one interrupt per arm, and no lost wake-up, in a guest with one-shot mode on", 5 * time.Second, oneShot},
 	{"doorbells", "no lost wake-up through uio_ivshmem (kmod/) and vfio-pci, with bursts of doorbells", 6 * time.Second, doorbells},
+	{"drivers", "every way to the device against everything it may be able to do, on both architectures", time.Second, drivers},
+	{"doctor", "what `ivshctl doctor` says of set-ups that are broken on purpose", time.Second, doctor},
 	{"pingpong", "round trips of two host processes against the floor of the machine", 10 * time.Second, pingPong},
 	{"fuzz", "all fuzzers, DURATION each", 3 * time.Second, fuzz},
 }
@@ -54,6 +56,7 @@ type Report struct {
 	Sabotage bool                 `json:"sabotage"`
 	Seed     uint64               `json:"seed"`
 	Config   map[string]any       `json:"config"`
+	Tables   []Table              `json:"tables,omitempty"`
 	Counts   []Count              `json:"counts"`
 	Samples  map[string][]float64 `json:"samples"`
 	Failures []string             `json:"failures"`
@@ -61,6 +64,24 @@ type Report struct {
 	rand *rand.Rand
 	// progress is where the campaign says what it is doing.
 	progress io.Writer
+}
+
+// Table is printed as Markdown has it.
+type Table struct {
+	Title string     `json:"title"`
+	Head  []string   `json:"head"`
+	Rows  [][]string `json:"rows"`
+}
+
+func (t Table) print(out io.Writer) {
+	line := func(cells []string) { fmt.Fprintf(out, "| %s |\n", strings.Join(cells, " | ")) }
+	fmt.Fprintf(out, "\n%s\n\n", t.Title)
+	line(t.Head)
+	line(slices.Repeat([]string{"---"}, len(t.Head)))
+	for _, r := range t.Rows {
+		line(r)
+	}
+	fmt.Fprintln(out)
 }
 
 // Count is a number with the range that it has to be in.
@@ -204,6 +225,9 @@ func (r *Report) print(out io.Writer, asJSON bool) error {
 		return e.Encode(r)
 	}
 	fmt.Fprintf(out, "campaign %s, %v, seed %d\n", r.Campaign, r.Duration, r.Seed)
+	for _, t := range r.Tables {
+		t.print(out)
+	}
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	for _, c := range r.Counts {
 		mark := ""

@@ -7,13 +7,10 @@ import (
 	"os"
 	"time"
 
-	"github.com/ivshmem-go/ivshmem"
 	"github.com/ivshmem-go/ivshmem/test/vm"
+	"github.com/ivshmem-go/ivshmem/test/vm/checks"
 	"github.com/ivshmem-go/ivshmem/test/vm/fetch"
 )
-
-// endOfSequence tells the waiter in the guest to end.
-const endOfSequence = 1<<64 - 1
 
 // oneShot rings a guest at random times, alone and in bursts, on all vectors,
 // while the guest arms, looks and sleeps. After every quiet moment the guest
@@ -55,7 +52,7 @@ func ringGuest(ctx context.Context, r *Report, config vm.Config, burst int, door
 		return err
 	}
 	defer os.RemoveAll(dir)
-	program, err := buildGuestProgram(ctx, dir)
+	program, err := buildGuestProgram(ctx, dir, vm.AMD64)
 	if err != nil {
 		return err
 	}
@@ -72,34 +69,40 @@ func ringGuest(ctx context.Context, r *Report, config vm.Config, burst int, door
 		return err
 	}
 	defer g.Close()
-	dev, err := ivshmem.Open(service.Socket)
-	if err != nil {
-		return err
-	}
-	defer dev.Close()
 	argv := []string{"guestprog", "oneshot"}
 	if r.Sabotage {
 		argv = append(argv, "-lose", "20")
 	}
-	waiter, err := start(g, argv...)
+	waiter, err := checks.Start(checks.Guest(g), argv...)
 	if err != nil {
 		return err
 	}
-	rung, lost, err := ringAtRandom(ctx, r, dev, waiter, burst, doorbells, d)
+	ringer, err := checks.Start(checks.Host(dir), "guestprog", "ring", "-device", service.Socket, "-burst", fmt.Sprint(burst),
+		"-doorbells", fmt.Sprint(doorbells), "-for", d.String(), "-seed", fmt.Sprint(r.rand.Uint64()))
 	if err != nil {
-		return errors.Join(err, errors.New(waiter.stderr.String()))
+		return err
+	}
+	defer ringer.Kill()
+	select {
+	case <-ringer.Done():
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	var rang struct{ Rung, Lost uint64 }
+	if err := ringer.Result(ctx, &rang); err != nil {
+		return errors.Join(err, errors.New(waiter.Stderr()))
 	}
 	var res struct {
 		Arms, Interrupts, Waits, Slept, Excess uint64
 	}
-	if lost == 0 {
-		if err := waiter.result(ctx, &res); err != nil {
+	if rang.Lost == 0 {
+		if err := waiter.Result(ctx, &res); err != nil {
 			return err
 		}
 	}
 	name := func(s string) string { return config.Driver + ": " + s }
-	r.atLeast(name("doorbells"), float64(rung), float64(doorbells))
-	r.atMost(name("lost wake-ups"), float64(lost), 0)
+	r.atLeast(name("doorbells"), float64(rang.Rung), float64(doorbells))
+	r.atMost(name("lost wake-ups"), float64(rang.Lost), 0)
 	r.atLeast(name("interrupts"), float64(res.Interrupts), sleeps)
 	r.atLeast(name("waits that slept"), float64(res.Slept), sleeps)
 	r.info(name("waits"), float64(res.Waits))
@@ -108,78 +111,4 @@ func ringGuest(ctx context.Context, r *Report, config vm.Config, burst int, door
 	// The last arm may not have been used up yet.
 	r.atMost(name("arms without their interrupt"), float64(res.Arms)-float64(res.Interrupts), 1)
 	return nil
-}
-
-// ringAtRandom rings until there were enough doorbells and the time is up. It
-// stops at the first wake-up that is lost.
-func ringAtRandom(ctx context.Context, r *Report, dev *ivshmem.Device, waiter *background, burst int, doorbells uint64, d time.Duration) (rung, lost uint64, err error) {
-	guest := 1 - dev.ID()
-	ack, err := dev.Sections().Input(guest)
-	if err != nil {
-		return 0, 0, err
-	}
-	if err := until(ctx, waiter, func() (bool, error) {
-		s, err := dev.State(guest)
-		return s == 1, err
-	}); err != nil {
-		return 0, 0, fmt.Errorf("waiting for the guest: %w", err)
-	}
-	out := dev.Sections().Output
-	publish := func(seq uint64, times int) error {
-		if err := out.Store64(0, seq); err != nil {
-			return err
-		}
-		for range times {
-			if err := dev.Ring(guest, r.rand.IntN(dev.Vectors())); err != nil {
-				return err
-			}
-			rung++
-		}
-		return nil
-	}
-	seq := uint64(0)
-	for start := time.Now(); rung < doorbells || time.Since(start) < d; {
-		for range 1 + r.rand.IntN(20) {
-			seq++
-			if err := publish(seq, 1+r.rand.IntN(burst)); err != nil {
-				return rung, lost, err
-			}
-			time.Sleep(time.Duration(r.rand.Int64N(int64(3 * time.Millisecond))))
-		}
-		// The quiet moment.
-		err := until(ctx, waiter, func() (bool, error) {
-			seen, err := ack.Load64(0)
-			return seen == seq, err
-		})
-		if errors.Is(err, errPatience) {
-			return rung, lost + 1, nil
-		}
-		if err != nil {
-			return rung, lost, err
-		}
-	}
-	return rung, 0, publish(endOfSequence, 1)
-}
-
-var errPatience = errors.New("it did not happen")
-
-// until looks at a condition until it holds, the process ends, or patience
-// does.
-func until(ctx context.Context, p *background, ready func() (bool, error)) error {
-	end := time.After(patience / 4)
-	for {
-		ok, err := ready()
-		if ok || err != nil {
-			return err
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-p.Done():
-			return errors.New("the program in the guest ended")
-		case <-end:
-			return errPatience
-		case <-time.After(100 * time.Microsecond):
-		}
-	}
 }

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/ivshmem-go/ivshmem/test/vm"
+	"github.com/ivshmem-go/ivshmem/test/vm/checks"
 )
 
 // peers lets one guest watch the states by interrupts, while another sets its
@@ -33,7 +34,7 @@ func peers(ctx context.Context, r *Report) error {
 	}
 	defer watching.Close()
 	var seen, deaths, wrong uint64
-	w, err := start(watching, "ivshctl", "state", "watch", "--json")
+	w, err := checks.Start(checks.Guest(watching), "ivshctl", "state", "watch", "--json")
 	if err != nil {
 		return err
 	}
@@ -42,7 +43,7 @@ func peers(ctx context.Context, r *Report) error {
 	// been there before for a moment; nothing else may.
 	expect := func(state uint32) error {
 		for {
-			line, err := w.next(ctx)
+			line, err := w.Line(ctx)
 			if err != nil {
 				return fmt.Errorf("state %d was not seen: %w", state, err)
 			}
@@ -108,7 +109,7 @@ func peers(ctx context.Context, r *Report) error {
 	r.atLeast("deaths seen", float64(deaths), 1)
 	r.atMost("wrong states", float64(wrong), 0)
 	// `state watch` says so on standard error when it has no interrupts.
-	r.atMost("bytes of complaints of the watcher", float64(w.stderr.Len()), 0)
+	r.atMost("bytes of complaints of the watcher", float64(len(w.Stderr())), 0)
 	for _, ms := range r.Samples["death_to_interrupt_ms"] {
 		r.info("death to interrupt, ms", ms)
 	}

@@ -36,7 +36,8 @@ With more than one guest each line of output starts with "guest N: ".
   --driver DRIVER     kernel driver to bind to the device, such as vfio-pci, or
                       uio_ivshmem, which is built (kmod/)
   --kernel RELEASE    Debian release of kernel and packages (trixie, bookworm, or
-                      trixie-backports for the kernel alone)
+                      trixie-backports for the kernel alone), or small: a kernel
+                      that is built once, in minutes, and has iommufd
   --arch ARCH         architecture of the guests: amd64 or arm64
   --root-port         put the device behind a PCI Express root port
   --no-device         boot without a link and a device
