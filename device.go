@@ -20,6 +20,7 @@ type Device struct {
 	id       uint32
 	peers    uint32
 	vectors  int
+	strict   bool
 	observer bool
 	release  func() error // gives the ownership back
 	wait     waiters
@@ -93,6 +94,7 @@ func (d *Device) identify() error {
 	if d.protocol, err = regs.ConfigProtocol(config); err != nil {
 		return err
 	}
+	d.strict = regs.ConfigStrict(config)
 	if err := d.capabilities(config); err != nil {
 		return err
 	}
@@ -199,6 +201,13 @@ func (d *Device) Protocol() regs.Protocol { return d.protocol }
 
 // Sections is the shared memory.
 func (d *Device) Sections() *shmem.Sections { return d.back.Sections() }
+
+// InputsTrap reports whether the link is strict: what a guest reads of another
+// peer's output section is a message to the service for each access, orders
+// of magnitude slower than mapped memory. A protocol that would carry
+// data in output sections uses the R/W section then. It is the same for all
+// peers, also for host processes, which have all of the memory mapped.
+func (d *Device) InputsTrap() bool { return d.strict }
 
 // OneShot reports whether the handle uses one-shot interrupt mode.
 func (d *Device) OneShot() bool { return d.wait.oneShot }

@@ -119,7 +119,7 @@ func (g *Diagnosis) configuration(dev *sysfs.Device) bool {
 		return false
 	}
 	g.add("configuration space", StatusOK, fmt.Sprintf("vendor capability at %02Xh, protocol %04Xh (%v)", c.Offset, uint16(protocol), protocol), "")
-	g.sections(c)
+	g.sections(c, regs.ConfigStrict(config))
 	switch m, err := regs.ParseMSIX(config); {
 	case err == nil:
 		g.add("vectors", StatusOK, fmt.Sprintf("%d MSI-X vectors", m.Vectors), "")
@@ -134,10 +134,20 @@ func (g *Diagnosis) configuration(dev *sysfs.Device) bool {
 	return true
 }
 
-func (g *Diagnosis) sections(c regs.VendorCap) {
+func (g *Diagnosis) sections(c regs.VendorCap, strict bool) {
 	found := fmt.Sprintf("State Table %d, R/W section %d, output sections of %d bytes", c.StateTable, c.ReadWrite, c.Output)
-	if c.ReadWrite == 0 && c.Output == 0 {
+	if strict {
+		found += "; strict: the output sections of others are reached by messages"
+	}
+	switch {
+	case c.ReadWrite == 0 && c.Output == 0:
 		g.add("sections", StatusWarn, found, "the link has no memory but its states: serve it with --rw or --output")
+		return
+	case c.ReadWrite == 0 && strict:
+		g.add("sections", StatusWarn, found, "no section is fast in both directions: serve it with --rw, or without --mode strict")
+		return
+	case c.ReadWrite == 0:
+		g.add("sections", StatusWarn, found+": there is no R/W section, which some programs need", "for those, serve the link with --rw")
 		return
 	}
 	g.add("sections", StatusOK, found, "")
@@ -181,12 +191,19 @@ func (g *Diagnosis) baseAddress(dev *sysfs.Device, bar0 string) {
 	g.add("BARs", StatusFail, found, "no other driver than uio_ivshmem (kmod/) can reach the memory: `ivshctl bind --driver uio_ivshmem`")
 }
 
+const iommuOn = "intel_iommu=on or amd_iommu=on on the kernel command line, and a virtual one in QEMU: `ivshctl serve` prints it"
+
 // driver checks the bound driver and what it needs. It is false if the device
 // cannot be opened.
 func (g *Diagnosis) driver(dev *sysfs.Device) bool {
 	switch dev.Driver {
 	case "":
-		g.add("driver", StatusFail, "none is bound: the device can be polled, but has no interrupts", "bind it: `ivshctl bind`")
+		found, remedy := "none is bound: the device can be polled, but has no interrupts", "bind it: `ivshctl bind`"
+		if dev.IOMMUGroup == "" {
+			found += "; and there is no IOMMU, without which vfio-pci does not take it"
+			remedy = "switch the IOMMU on (" + iommuOn + "), or take uio_ivshmem (kmod/), which needs none: `ivshctl bind --driver uio_ivshmem`"
+		}
+		g.add("driver", StatusFail, found, remedy)
 	case vfio.Driver:
 		g.add("driver", StatusOK, dev.Driver, "")
 		return g.iommuGroup(dev)
@@ -252,7 +269,7 @@ func (g *Diagnosis) checkCommand(config []byte, remedy string) bool {
 func (g *Diagnosis) iommuGroup(dev *sysfs.Device) bool {
 	way, err := vfio.FindWay(dev)
 	if err != nil {
-		g.add("IOMMU group", StatusFail, "none", "switch the IOMMU on (intel_iommu=on or amd_iommu=on on the kernel command line, and a virtual one in QEMU: `ivshctl serve` prints it)")
+		g.add("IOMMU group", StatusFail, "none", "switch the IOMMU on ("+iommuOn+")")
 		return false
 	}
 	others, _ := filepath.Glob(filepath.Join(dev.FullPath, "iommu_group/devices/*"))

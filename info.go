@@ -29,8 +29,10 @@ type Info struct {
 	BackEnd  string        `json:"back_end"`
 	Owner    *Owner        `json:"owner"`
 	Sections []SectionInfo `json:"sections"`
-	States   []uint32      `json:"states"` // by peer ID
-	Missing  []string      `json:"missing"`
+	// InputsTrap is [Device.InputsTrap].
+	InputsTrap bool     `json:"inputs_trap"`
+	States     []uint32 `json:"states"` // by peer ID
+	Missing    []string `json:"missing"`
 }
 
 // Owner is the process that owns a device.
@@ -113,6 +115,7 @@ func (i *Info) config(config []byte) {
 		i.Protocol, i.ProtocolName = p, p.String()
 		i.Identity = fmt.Sprintf("%04x:%04x", regs.VendorID, regs.DeviceID)
 	}
+	i.InputsTrap = regs.ConfigStrict(config)
 	c, err := regs.ParseVendorCap(config)
 	if err != nil {
 		i.miss("section sizes, one-shot mode", err)

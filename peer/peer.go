@@ -130,8 +130,15 @@ func (b *Backend) mapSections(l shmem.Layout, own uint32) error {
 		}
 		return len(r.Areas) == 0
 	}
+	// Of a strict link a guest maps no more than what it may write. Host
+	// processes hold the file, and read the others' output sections there.
 	rest := l.Total() - l.StateTable
-	if rest > 0 && !mapped(l.StateTable, rest) {
+	ok := rest == 0 || mapped(l.StateTable, rest)
+	if regs.ConfigStrict(b.config) {
+		ok = (l.ReadWrite == 0 || mapped(l.ReadWriteOffset(), l.ReadWrite)) &&
+			(l.Output == 0 || mapped(l.OutputOffset(own), l.Output))
+	}
+	if !ok {
 		return fmt.Errorf("%w: expected all sections behind the State Table to be mappable", fault.ErrNotSupported)
 	}
 	table := mapped(0, l.StateTable)

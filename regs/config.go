@@ -10,6 +10,7 @@ import (
 const (
 	offStatus       = 0x06
 	offClass        = 0x09
+	offSubsystem    = 0x2c
 	offCapabilities = 0x34
 	firstCapability = 0x40
 
@@ -165,4 +166,14 @@ func ConfigProtocol(config []byte) (Protocol, error) {
 		return 0, &ConfigError{Field: "vendor and device ID", Expected: "110A:4106", Found: fmt.Sprintf("%04X:%04X", uint16(id), id>>16)}
 	}
 	return ProtocolOf(binary.LittleEndian.Uint32(config[offClass-1:]) >> 8)
+}
+
+// ConfigStrict reports whether a configuration space is of a peer of a strict
+// link: its guests reach the State Table and the output sections of others by
+// messages to the service, one for each access. It shows in the Subsystem ID,
+// which no driver matches on, and which is in the 64 bytes that a process
+// without privileges sees.
+func ConfigStrict(config []byte) bool {
+	return len(config) >= offSubsystem+4 &&
+		binary.LittleEndian.Uint32(config[offSubsystem:]) == SubsystemStrict<<16|VendorID
 }

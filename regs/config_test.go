@@ -311,3 +311,21 @@ func TestVendorCapRoundTrip(t *testing.T) {
 		}
 	})
 }
+
+func TestConfigStrict(t *testing.T) {
+	config := make([]byte, 64)
+	for subsystem, want := range map[[4]byte]bool{
+		{0x0a, 0x11, 0x07, 0x41}: true,
+		{0x0a, 0x11, 0x06, 0x41}: false,
+		{0xf4, 0x1a, 0x07, 0x41}: false,
+		{0x07, 0x41, 0x0a, 0x11}: false,
+	} {
+		copy(config[0x2c:], subsystem[:])
+		if got := regs.ConfigStrict(config); got != want {
+			t.Errorf("subsystem % x: %v", subsystem, got)
+		}
+		if regs.ConfigStrict(config[:0x2f]) {
+			t.Error("a space that ends before")
+		}
+	}
+}

@@ -7,6 +7,11 @@ const (
 	VendorID = 0x110a // Siemens AG
 	DeviceID = 0x4106
 
+	// SubsystemStrict is the Subsystem ID, under the Subsystem Vendor ID 110Ah,
+	// of the devices of a strict link (this project's; the specification leaves
+	// both free, and 4106h is usual): see [ConfigStrict].
+	SubsystemStrict = 0x4107
+
 	// BaseClass is the upper byte of the 24-bit class code; the lower 16
 	// bits are the [Protocol].
 	BaseClass = 0xff

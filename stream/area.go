@@ -127,12 +127,15 @@ type areas struct {
 }
 
 // findAreas takes the output sections, or shares of the R/W section where the
-// link has none.
-func findAreas(s *shmem.Sections, id uint32) (areas, error) {
-	if s.Output != nil && s.Inputs != nil {
+// link has none, or has them trap.
+func findAreas(s *shmem.Sections, id uint32, inputsTrap bool) (areas, error) {
+	if s.Output != nil && s.Inputs != nil && !inputsTrap {
 		return areas{s.Output.Size(), s.Output, s.Input}, nil
 	}
-	if s.ReadWrite == nil {
+	switch {
+	case s.ReadWrite == nil && inputsTrap:
+		return areas{}, fmt.Errorf("%w: the link is strict, so its guests read output sections by messages, and it has no R/W section: serve it with --rw, or without --mode strict", ErrTooSmall)
+	case s.ReadWrite == nil:
 		return areas{}, fmt.Errorf("%w: the link has neither output sections nor an R/W section", ErrTooSmall)
 	}
 	share := s.ReadWrite.Size() / uint64(s.Layout.Peers) &^ (lineSize - 1)

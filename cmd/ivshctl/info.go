@@ -127,6 +127,9 @@ func (p *program) printInfo(i *ivshmem.Info) error {
 	if i.InterruptControl != nil {
 		row("interrupts", "%s", onOff(*i.InterruptControl))
 	}
+	if i.InputsTrap {
+		row("mode", "strict: others' output sections by messages")
+	}
 	row("driver", "%s", orNone(i.Driver))
 	row("seen through", "%s", orNone(i.BackEnd))
 	if i.Owner != nil {

@@ -20,8 +20,8 @@ func (p *program) serveCommand() *cli.Command {
 		Usage: "serve a link to guests of QEMU 10.1 or newer, and to host processes",
 		Description: `Runs in the foreground until it is interrupted; all peers connect to one
 socket. It must outlive its guests: QEMU does not connect again. Arrivals and
-departures are logged on standard error. docs/link.md tells more about the
-kinds of peers, and about who may join.
+departures are logged on standard error, and on SIGUSR1 what the service uses.
+docs/link.md tells more about the kinds of peers, and about who may join.
 
 Other forms of the device, for drivers and systems that need them, can be
 combined. --intx has a price under QEMU: it deviates from the specification
@@ -38,7 +38,7 @@ Example: ivshctl serve --socket /run/link0 --peers 3 --rw 16M --output 0`,
 			&cli.StringFlag{Name: "state-table", Usage: "`SIZE` of the State Table (default: the smallest that fits)"},
 			&cli.StringFlag{Name: "rw", Usage: "`SIZE` of the R/W section, may be 0; with --ivshmem2-socket the default is more, up to a power of two in all", Value: "1M"},
 			&cli.StringFlag{Name: "output", Usage: "`SIZE` of each peer's output section, may be 0", Value: "256K"},
-			&cli.StringFlag{Name: "mode", Usage: "what guests map directly: state (all but the State Table) or shared (all)", Value: "state"},
+			&cli.StringFlag{Name: "mode", Usage: "what guests map directly: state (all but the State Table), shared (all), or strict (the R/W section and their own output section)", Value: "state"},
 			&cli.StringFlag{Name: "ivshmem2-socket", Usage: "`PATH` of a further socket of the link, for QEMUs that carry the ivshmem2 device of 2020"},
 			&cli.StringFlag{Name: "memory", Usage: "`NAME` of a POSIX shared memory object, or a path, to use as the memory (default: memory without a name)"},
 			&cli.StringFlag{Name: "huge-pages", Usage: "`SIZE` of the pages to make the memory of, such as 2M (default: ordinary ones)"},
@@ -100,6 +100,9 @@ func deviceOptions(c *cli.Context, config *link.Config) (pcidev.Options, error) 
 			return o, usagef("--mode %s: expected shared, as all of the memory is mapped where there is no BAR2 (--base-address)", c.String("mode"))
 		}
 		o.Mode = pcidev.ModeShared
+	}
+	if o.Mode == pcidev.ModeStrict && c.String("ivshmem2-socket") != "" {
+		return o, usagef("--mode strict: expected no --ivshmem2-socket beside it, as its clients map all of the memory and are not told of the mode")
 	}
 	if err := o.Check(*config); err != nil {
 		return o, usageError{err}

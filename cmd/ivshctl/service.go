@@ -5,12 +5,16 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"os/signal"
 	"os/user"
 	"path/filepath"
+	"runtime"
+	"runtime/debug"
 	"strconv"
 	"strings"
 
 	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
 
 	"github.com/ivshmem-go/ivshmem/internal/sockpath"
 	"github.com/ivshmem-go/ivshmem/link"
@@ -55,6 +59,9 @@ func (s *service) run(ctx context.Context) error {
 		return err
 	}
 	others, err := s.listen(s.ivshmem2)
+	asked := make(chan os.Signal, 1)
+	signal.Notify(asked, unix.SIGUSR1)
+	defer signal.Stop(asked)
 	if err == nil {
 		err = s.ready(l)
 	}
@@ -66,6 +73,7 @@ func (s *service) run(ctx context.Context) error {
 	// The first that fails ends the others.
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	go s.report(ctx, l, asked)
 	running := 0
 	ended := make(chan error)
 	start := func(serve func(context.Context) error) {
@@ -88,6 +96,28 @@ func (s *service) run(ctx context.Context) error {
 		cancel()
 	}
 	return err
+}
+
+// report logs what the service uses whenever it is asked to. It gives back what
+// memory it can before, so that two reports can be compared.
+func (s *service) report(ctx context.Context, l *link.Link, asked <-chan os.Signal) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-asked:
+		}
+		peers := 0
+		for _, p := range l.Snapshot().Peers {
+			if p.Present {
+				peers++
+			}
+		}
+		debug.FreeOSMemory()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		s.log.Info("in use", "peers", peers, "goroutines", runtime.NumGoroutine(), "heap", m.HeapAlloc)
+	}
 }
 
 // listen makes the sockets of one kind.

@@ -33,8 +33,17 @@ const (
 // Subsystem is the pair of subsystem IDs of a function.
 type Subsystem struct{ Vendor, Device uint16 }
 
-// defaultSubsystem is what Jailhouse's device carries.
-var defaultSubsystem = Subsystem{regs.VendorID, regs.DeviceID}
+// subsystem is the pair that a function shows: what Jailhouse's device carries,
+// unless it is to tell of a strict link.
+func (o Options) subsystem() Subsystem {
+	switch {
+	case o.Mode == ModeStrict:
+		return Subsystem{regs.VendorID, regs.SubsystemStrict}
+	case o.Subsystem == Subsystem{}:
+		return Subsystem{regs.VendorID, regs.DeviceID}
+	}
+	return o.Subsystem
+}
 
 // field is a register of the configuration space: its reset value, and the
 // bits of it that a guest can write (specification, "PCI Header Registers").
@@ -53,6 +62,7 @@ func fields(c link.Config, l shmem.Layout, id uint32, o Options) []field {
 	if o.IORegisters {
 		command, bar0, bar0Mask = command|commandIO, barIO, ^(o.bar0Size()-1)&^0x3
 	}
+	subsystem := o.subsystem()
 	space := []field{
 		{0x00, 2, regs.VendorID, 0},
 		{0x02, 2, regs.DeviceID, 0},
@@ -60,8 +70,8 @@ func fields(c link.Config, l shmem.Layout, id uint32, o Options) []field {
 		{offStatus, 2, statusCapabilities, 0},
 		{0x08, 4, class << 8, 0}, // Revision ID 00, class code
 		{0x10, 4, bar0, bar0Mask},
-		{0x2c, 2, uint64(o.Subsystem.Vendor), 0},
-		{0x2e, 2, uint64(o.Subsystem.Device), 0},
+		{0x2c, 2, uint64(subsystem.Vendor), 0},
+		{0x2e, 2, uint64(subsystem.Device), 0},
 		{0x34, 1, capVendor, 0},
 
 		// Privileged Control; the rest of the capability is encoded by regs.

@@ -2,7 +2,9 @@ package pcidev
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -24,17 +26,41 @@ const (
 	// ModeShared maps all of the shared memory: everything at full speed, and
 	// every peer can write every section.
 	ModeShared
+	// ModeStrict maps the R/W section and the peer's own output section only.
+	// The Subsystem ID tells of it, [regs.SubsystemStrict]: a guest would not
+	// notice, but that foreign output sections are slow.
+	ModeStrict
 )
 
-// ParseMode reads a mode's name, "state" or "shared".
+// ParseMode reads a mode's name, "state", "shared" or "strict".
 func ParseMode(s string) (Mode, error) {
 	switch s {
 	case "state":
 		return ModeState, nil
 	case "shared":
 		return ModeShared, nil
+	case "strict":
+		return ModeStrict, nil
 	}
-	return 0, fmt.Errorf("mode %q: expected state or shared", s)
+	return 0, fmt.Errorf("mode %q: expected state, shared or strict", s)
+}
+
+// areas is what the mode maps into peer id: pieces of whole pages, none of
+// them empty.
+func (m Mode) areas(l shmem.Layout, id uint32) []vfiouser.Area {
+	var pieces []vfiouser.Area
+	switch m {
+	case ModeShared:
+		pieces = []vfiouser.Area{{Offset: 0, Size: l.Total()}}
+	case ModeState:
+		pieces = []vfiouser.Area{{Offset: l.StateTable, Size: l.Total() - l.StateTable}}
+	case ModeStrict:
+		pieces = []vfiouser.Area{
+			{Offset: l.ReadWriteOffset(), Size: l.ReadWrite},
+			{Offset: l.OutputOffset(id), Size: l.Output},
+		}
+	}
+	return slices.DeleteFunc(pieces, func(a vfiouser.Area) bool { return a.Size == 0 })
 }
 
 // Options of a function. The last three are forms of the device that the
@@ -42,7 +68,7 @@ func ParseMode(s string) (Mode, error) {
 // memory space.
 type Options struct {
 	Mode      Mode
-	Subsystem Subsystem // zero: 110A:4106
+	Subsystem Subsystem // zero: 110A:4106, or 110A:4107 of a strict link, which is the only one it can have
 	Pin       *uint32   // the peer ID to take; nil: the lowest that is free
 
 	// INTx gives the device an interrupt pin in place of MSI-X, and so a
@@ -65,6 +91,10 @@ func (o Options) Check(c link.Config) error {
 	switch {
 	case err != nil:
 		return err
+	case o.Mode == ModeStrict && o.Subsystem != Subsystem{}:
+		return errors.New("subsystem: expected none with mode strict, which has its own")
+	case o.Mode == ModeStrict && o.BaseAddress != 0:
+		return errors.New("mode strict: expected no base address, which has all of the memory mapped")
 	case o.INTx && c.Vectors != 1:
 		return fmt.Errorf("vectors: expected 1, which is all that INTx has, found %d", c.Vectors)
 	case o.BaseAddress%shmem.PageSize != 0:
@@ -108,9 +138,6 @@ func New(l *link.Link, o Options) (*Function, error) {
 		irq.close()
 		return nil, err
 	}
-	if o.Subsystem == (Subsystem{}) {
-		o.Subsystem = defaultSubsystem
-	}
 	f := &Function{
 		peer: peer, layout: layout, memory: memory, irq: irq,
 		config: newSpace(c, layout, peer.ID(), o),
@@ -118,15 +145,10 @@ func New(l *link.Link, o Options) (*Function, error) {
 	access := vfiouser.RegionRead | vfiouser.RegionWrite
 	shared := vfiouser.Region{
 		Flags: access | vfiouser.RegionMmap, Size: bar2Size(layout), FD: l.FD(),
-		Areas: []vfiouser.Area{{Offset: 0, Size: layout.Total()}},
+		Areas: o.Mode.areas(layout, peer.ID()),
 	}
-	if o.Mode == ModeState {
-		// One area from the end of the State Table on; a link that is
-		// nothing but a State Table has none.
-		shared.Areas[0] = vfiouser.Area{Offset: layout.StateTable, Size: layout.Total() - layout.StateTable}
-		if shared.Areas[0].Size == 0 {
-			shared.Flags, shared.Areas, shared.FD = access, nil, -1
-		}
+	if len(shared.Areas) == 0 { // a link that is nothing but a State Table
+		shared.Flags, shared.FD = access, -1
 	}
 	f.region[vfiouser.RegionBAR0] = vfiouser.Region{Flags: access, Size: o.bar0Size()}
 	if !o.INTx {
