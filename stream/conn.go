@@ -190,6 +190,9 @@ func (c *Conn) release() {
 	}
 	ep, r := c.ep, c.peer
 	c.finished, c.released = true, true
+	if ep.err != nil { // the area may be another endpoint's already
+		return
+	}
 	c.tx.block.Store(slotID, 0)
 	ep.conns[c.slot] = nil
 	ep.free = append(ep.free, c.slot)
@@ -197,10 +200,9 @@ func (c *Conn) release() {
 	if c.connected {
 		r.conns[c.peerSlot] = nil
 	}
-	if r.gone || ep.err != nil {
-		return
+	if !r.gone {
+		ep.notify(r, c.slot)
 	}
-	ep.notify(r, c.slot)
 	for _, other := range ep.remotes {
 		if other.unanswered {
 			other.unanswered = false
@@ -239,7 +241,7 @@ func (c *Conn) fault(h *half) error {
 func (c *Conn) violate(err error) error {
 	c.ep.mu.Lock()
 	defer c.ep.unlock()
-	if c.rx.peer.Load(slotID) == c.id {
+	if c.peer.present() && c.rx.peer.Load(slotID) == c.id {
 		err = fmt.Errorf("%w: %w", syscall.ECONNRESET, c.ep.violation(c.peer.id, err))
 	} else { // a successor of the peer wrote it
 		err = syscall.ECONNRESET
@@ -258,7 +260,7 @@ func (c *Conn) opError(op string, err error) error {
 // ring rings the peer for something that it waits for.
 func (c *Conn) ring() {
 	c.ep.mu.Lock()
-	if !c.released {
+	if !c.released && c.ep.err == nil {
 		c.ep.notify(c.peer, c.slot)
 	}
 	c.ep.mu.Unlock()
@@ -307,7 +309,7 @@ func (c *Conn) CloseWrite() error {
 // finish writes the last record, for which there is always room: the word
 // behind the last one. The caller holds write.mu.
 func (c *Conn) finish() {
-	if c.write.stop.Or(stopFinished)&stopFinished != 0 {
+	if c.write.stop.Or(stopFinished)&(stopFinished|stopBroken) != 0 {
 		return
 	}
 	c.tx.stageHeader(0, recordFin)

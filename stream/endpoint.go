@@ -67,17 +67,20 @@ type Endpoint struct {
 	leader    *waiter
 	queue     *waiter
 	caretaker waiter
-	misses    int  // wake-ups of the leader that were not for it
-	kick      bool // the leader has to look
-	vacant    bool // vacancy is running
+	claimant  *waiter // who takes the leader's place
+	misses    int     // wake-ups of the leader that were not for it
+	kick      bool    // the leader has to look
+	vacant    bool    // vacancy is running
+	polling   bool    // doorbells wait until it is over
 	vacancy   *time.Timer
+	later     *time.Timer // for what pollLocked left to do
 	// leaderAsked is leaderReady, bound once.
 	leaderAsked func() bool
 }
 
 // New makes the device's owner an end of connections: it writes the own
 // output section, or the own share of the R/W section on a link without
-// output sections, and the State. A device carries one endpoint, and nothing
+// output sections, or whose inputs trap, and the State. A device carries one endpoint, and nothing
 // else that writes these. All peers have to be of the kind.
 //
 // Links of another protocol type than [Protocol] or 0000h are refused with
@@ -98,6 +101,12 @@ func New(dev *ivshmem.Device, config Config) (*Endpoint, error) {
 	ep.leaderAsked = ep.leaderReady
 	ep.vacancy = time.AfterFunc(time.Hour, ep.endVacancy)
 	ep.vacancy.Stop()
+	ep.later = time.AfterFunc(time.Hour, func() {
+		ep.mu.Lock()
+		ep.kick = true
+		ep.unlock()
+	})
+	ep.later.Stop()
 	if err := ep.open(); err != nil {
 		return nil, fmt.Errorf("streams over %s: %w", dev.Address(), err)
 	}
@@ -109,7 +118,7 @@ const firstDialPort = 1 << 16
 
 func (ep *Endpoint) open() error {
 	var err error
-	if ep.areas, err = findAreas(ep.dev.Sections(), ep.dev.ID()); err != nil {
+	if ep.areas, err = findAreas(ep.dev.Sections(), ep.dev.ID(), ep.dev.InputsTrap()); err != nil {
 		return err
 	}
 	if ep.geo, err = divide(ep.areas.size, ep.config.Ring); err != nil {
@@ -143,9 +152,9 @@ func (ep *Endpoint) open() error {
 	return nil
 }
 
-// clear makes the own area empty. The connection IDs go first: a peer that
-// still reads for a predecessor of this endpoint must not take what is
-// written from now on for the predecessor's.
+// clear makes the own area empty. The version goes first, and then the
+// connection IDs: a peer that still reads for a predecessor of this endpoint
+// must not take what is written from now on for the predecessor's.
 func (ep *Endpoint) clear() error {
 	words := func(offset, size uint64) (shmem.Words, error) {
 		v, err := ep.areas.own.View(offset, size)
@@ -154,6 +163,11 @@ func (ep *Endpoint) clear() error {
 		}
 		return v.Words()
 	}
+	var err error
+	if ep.header, err = words(0, lineSize); err != nil {
+		return err
+	}
+	ep.header.Store(wordVersion, 0)
 	ep.conns = make([]*Conn, ep.geo.slots)
 	for slot := range ep.geo.slots {
 		block, err := words(ep.geo.blocksOffset()+uint64(slot)*slotSize, slotSize)
@@ -164,10 +178,6 @@ func (ep *Endpoint) clear() error {
 			block.Store(i, 0)
 		}
 		ep.free = append(ep.free, slot)
-	}
-	var err error
-	if ep.header, err = words(0, lineSize); err != nil {
-		return err
 	}
 	if ep.count, err = words(8*wordCounter, lineSize); err != nil {
 		return err
@@ -207,6 +217,7 @@ func (ep *Endpoint) Close() error {
 	ep.fail(net.ErrClosed)
 	ep.unlock()
 	ep.vacancy.Stop()
+	ep.later.Stop()
 	err := ep.dev.SetState(0)
 	if errors.Is(err, ivshmem.ErrGone) {
 		return nil
@@ -235,9 +246,19 @@ func (ep *Endpoint) fail(err error) {
 // notify tells a peer that something happened to a connection: its slot goes
 // into the ring of events, and the doorbell is rung. The caller holds ep.mu.
 func (ep *Endpoint) notify(r *remote, slot uint32) {
-	ep.events.StoreRelaxed(ep.written, uint64(r.id)<<32|uint64(slot))
+	// Not before the former count: see take.
+	ep.events.Store(ep.written, uint64(r.id)<<32|uint64(slot))
 	ep.written++
 	ep.count.Store(0, ep.written)
+	if ep.polling { // there may be more to say
+		r.owed = true
+		return
+	}
+	ep.ring(r)
+}
+
+// ring rings a peer. The caller holds ep.mu.
+func (ep *Endpoint) ring(r *remote) {
 	if r.vector == noVector {
 		return
 	}

@@ -57,10 +57,14 @@ func (c *Conn) endRecord() {
 	}
 }
 
-// same checks that what was read was this connection's: a successor of the
-// peer takes the IDs out of its slots before it writes anything else.
+// same checks that what was read was this connection's: whoever takes the
+// peer's slot, or its place, takes the ID or the epoch out before it writes
+// anything else.
 func (c *Conn) same() error {
-	if c.rx.peer.Load(slotID) == c.id {
+	if !tellLate {
+		c.rx.block.Store(slotHead, c.rx.told) // nothing new, but see tellLate
+	}
+	if c.peer.present() && c.rx.peer.Load(slotID) == c.id {
 		return nil
 	}
 	return c.lost()

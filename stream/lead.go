@@ -16,7 +16,7 @@ const (
 	// leads, for those who knock.
 	vacancy, idleVacancy = time.Millisecond, 10 * time.Millisecond
 	// soon is how soon a leader has to come back for its place to be kept.
-	soon = 20 * time.Microsecond
+	soon = 200 * time.Microsecond
 	// patience is how often a leader is woken for nothing but others before
 	// a newcomer takes its place.
 	patience = 3
@@ -39,8 +39,7 @@ func (ep *Endpoint) sleep(w *waiter) {
 	} else {
 		ep.push(w)
 		if ep.leader == &ep.caretaker || ep.misses >= patience {
-			ep.queue = w // before those who only wait
-			ep.kick = true
+			ep.claimant, ep.kick = w, true
 		}
 		ep.unlock()
 		if <-w.wake {
@@ -78,10 +77,20 @@ func (ep *Endpoint) lead(w *waiter) {
 	}
 	w.asleep = false
 	ep.misses = 0
-	if ep.queue != nil && !w.quick {
-		ep.appoint()
-		return
+	claimant := ep.claimant
+	ep.claimant = nil
+	switch {
+	case claimant != nil && claimant.asleep:
+		ep.appoint(claimant)
+	case ep.queue != nil && claimant == nil && !w.quick:
+		ep.appoint(ep.queue)
+	default: // it comes back soon, as does a claimant who has been woken meanwhile
+		ep.vacate()
 	}
+}
+
+// vacate leaves nobody to lead, for a while. The caller holds ep.mu.
+func (ep *Endpoint) vacate() {
 	ep.leader = nil
 	if ep.vacant || ep.err != nil {
 		return
@@ -109,9 +118,8 @@ func (ep *Endpoint) leaderReady() bool {
 	return ep.queue != nil && (w == &ep.caretaker || ep.misses > patience)
 }
 
-// appoint makes the first in the queue the leader.
-func (ep *Endpoint) appoint() {
-	w := ep.queue
+// appoint makes one in the queue the leader. The caller holds ep.mu.
+func (ep *Endpoint) appoint(w *waiter) {
 	ep.remove(w)
 	ep.leader = w
 	w.wake <- true
@@ -125,7 +133,7 @@ func (ep *Endpoint) endVacancy() {
 	switch {
 	case ep.leader != nil || ep.err != nil:
 	case ep.queue != nil:
-		ep.appoint()
+		ep.appoint(ep.queue)
 	default:
 		ep.caretaker.asleep = true
 		ep.leader = &ep.caretaker

@@ -3,6 +3,7 @@ package stream
 import (
 	"fmt"
 	"syscall"
+	"time"
 
 	"github.com/ivshmem-go/ivshmem/shmem"
 )
@@ -15,10 +16,14 @@ type remote struct {
 	vector uint32
 	geo    geometry
 	area   *shmem.ReadOnly
+	header shmem.ReadWords
 	count  shmem.ReadWords
 	events shmem.ReadWords
 	seen   uint64 // events
-	gone   bool   // it left, or another took its place
+	unseen uint32 // slots that are to be looked at besides, those before next
+	next   uint32
+	owed   bool // a doorbell, at the end of pollLocked
+	gone   bool // it left, or another took its place
 	// conns are the own ends of connections, by the peer's slot. Those that the
 	// peer has not answered yet are in dialing.
 	conns   []*Conn
@@ -62,6 +67,7 @@ func (ep *Endpoint) meet(peer, state uint32) (*remote, error) {
 	if err != nil {
 		return nil, err
 	}
+	r.header = header
 	if m := header.Load(wordMagic); m != magic {
 		return nil, fmt.Errorf("peer %d: %w: expected %#x at the start of its area, found %#x", peer, ErrProtocol, uint64(magic), m)
 	}
@@ -117,6 +123,12 @@ func (ep *Endpoint) lookAtStates() {
 	}
 }
 
+// present reports whether the area is still the one that was met: a successor
+// takes the version out of the header before it writes anything else.
+func (r *remote) present() bool {
+	return r.header.Load(wordVersion) == version|uint64(r.epoch)<<32
+}
+
 // lose ends what there is with a peer that left. The caller holds ep.mu.
 func (ep *Endpoint) lose(r *remote) {
 	delete(ep.remotes, r.id)
@@ -137,16 +149,29 @@ func (ep *Endpoint) pollLocked() {
 	if ep.err != nil {
 		return
 	}
-	// States change with an interrupt on vector 0; without interrupts, any
-	// time.
-	if n := ep.dev.Interrupts(0); n != ep.seen || !ep.dev.HasInterrupts() {
+	// States change with an interrupt on vector 0. Without interrupts, and
+	// where those that come too fast are lost, any time.
+	if n := ep.dev.Interrupts(0); n != ep.seen || !ep.dev.HasInterrupts() || ep.dev.OneShot() {
 		ep.seen = n
 		ep.lookAtStates()
 	}
+	ep.polling = true
+	more := false
 	for _, r := range ep.remotes {
 		if n := r.count.Load(0); n != r.seen {
 			r.take(ep, n)
 		}
+		r.lookOn(ep)
+	}
+	ep.polling = false
+	for _, r := range ep.remotes {
+		if more = more || r.unseen > 0; r.owed {
+			r.owed = false
+			ep.ring(r)
+		}
+	}
+	if more {
+		ep.later.Reset(scanPause)
 	}
 }
 
@@ -155,7 +180,7 @@ func (ep *Endpoint) pollLocked() {
 func (r *remote) take(ep *Endpoint, n uint64) {
 	from := r.seen
 	r.seen = n
-	if n-from > r.geo.events {
+	if n-from >= r.geo.events {
 		r.scan(ep)
 		return
 	}
@@ -165,14 +190,31 @@ func (r *remote) take(ep *Endpoint, n uint64) {
 			r.handle(ep, slot)
 		}
 	}
-	if r.count.Load(0)-from > r.geo.events {
+	// One more may be under way.
+	if r.count.Load(0)-from >= r.geo.events {
 		r.scan(ep)
 	}
 }
 
-// scan looks at all slots of the peer.
+// What a peer can make this end look at without having to write for it is
+// limited: some slots now, the next ones later. Others have their turn.
+const (
+	scanBudget = 1024
+	scanPause  = time.Millisecond
+)
+
+// scan has all slots of the peer looked at, by the next pollLocked.
 func (r *remote) scan(ep *Endpoint) {
-	for slot := range r.geo.slots {
+	r.unseen = r.geo.slots
+	ep.kick = true
+}
+
+// lookOn looks at the next of the slots that are to be looked at.
+func (r *remote) lookOn(ep *Endpoint) {
+	for budget := scanBudget; r.unseen > 0 && budget > 0 && !r.gone; budget-- {
+		slot := r.next
+		r.unseen--
+		r.next = (slot + 1) % r.geo.slots
 		r.handle(ep, slot)
 	}
 }
@@ -220,7 +262,9 @@ func (r *remote) handle(ep *Endpoint, slot uint32) {
 	}
 	switch d.state {
 	case slotDialing:
-		ep.admit(r, slot, d)
+		if uint32(d.id>>32) == r.epoch { // else a successor's, which is met soon
+			ep.admit(r, slot, d)
+		}
 	case slotOpen, slotRefused:
 		ep.answer(r, slot, d)
 	}

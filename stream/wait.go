@@ -1,7 +1,10 @@
 package stream
 
 import (
+	"fmt"
+	"os"
 	"runtime"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -153,12 +156,41 @@ func (w *waiter) glances() bool {
 }
 
 // A machine with fewer CPUs than spinners gets slower by every one of them.
-// The peers are often on the same machine: so a process takes half of it.
+// The peers are often on the same machine: so a process takes half of the CPUs
+// that it may use, but one where the machine has more.
 var (
-	lonely      = runtime.NumCPU() == 1
-	maxSpinners = int32(min(runtime.NumCPU()/2, runtime.GOMAXPROCS(0)-1))
+	lonely      = onlineCPUs() == 1
+	maxSpinners = spinnersOf(onlineCPUs(), runtime.NumCPU())
 	spinners    atomic.Int32
 )
+
+func spinnersOf(online, usable int) int32 {
+	if online == 1 {
+		return 0
+	}
+	return int32(max(1, usable/2))
+}
+
+// onlineCPUs is the number of the machine's CPUs, also of those that this
+// process is kept from using; at least 1.
+func onlineCPUs() int {
+	// A list of ranges, such as 0-3,5 (kernel documentation, "cputopology").
+	text, err := os.ReadFile("/sys/devices/system/cpu/online")
+	n := 0
+	for r := range strings.SplitSeq(strings.TrimSpace(string(text)), ",") {
+		var first, last int
+		switch c, _ := fmt.Sscanf(r, "%d-%d", &first, &last); c {
+		case 2:
+			n += last - first + 1
+		case 1:
+			n++
+		}
+	}
+	if err != nil || n < 1 {
+		return runtime.NumCPU()
+	}
+	return n
+}
 
 func startSpinning() bool {
 	if spinners.Add(1) <= maxSpinners {

@@ -8,11 +8,15 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ivshmem-go/ivshmem"
+	"github.com/ivshmem-go/ivshmem/internal/pingpong"
 	"github.com/ivshmem-go/ivshmem/link"
 	"github.com/ivshmem-go/ivshmem/link/pcidev"
+	"github.com/ivshmem-go/ivshmem/stream"
 )
 
 // embedded serves a link and runs two peer processes of this program on it.
@@ -24,7 +28,12 @@ func (s *settings) embedded(ctx context.Context) error {
 	}
 	defer os.RemoveAll(dir)
 	socket := filepath.Join(dir, "link")
-	l, err := link.New(link.Config{Peers: 2, Vectors: 3, ReadWrite: 4096, Output: 4096})
+	config := link.Config{Peers: uint32(2 + s.peers), Vectors: 3, ReadWrite: 4096, Output: 4096}
+	if s.over != pingpong.Section {
+		// Memory that nobody touches costs nothing.
+		config.Output = 16 << 20
+	}
+	l, err := link.New(config)
 	if err != nil {
 		return err
 	}
@@ -38,14 +47,37 @@ func (s *settings) embedded(ctx context.Context) error {
 	served := make(chan error, 1)
 	go func() { served <- (&pcidev.Server{Link: l}).Serve(ctx, listener) }()
 
-	err = s.peers(ctx, socket)
+	idle, err := s.idlePeers(socket)
+	if err == nil {
+		err = s.processes(ctx, socket)
+	}
+	for _, d := range idle {
+		d.Close()
+	}
 	cancel()
 	return errors.Join(err, <-served)
 }
 
-// peers runs both processes. Which of them gets ID 0 does not matter: each
-// prints what it measured, and only that one measures.
-func (s *settings) peers(ctx context.Context, socket string) error {
+// idlePeers takes the first peer IDs, each with an endpoint that does nothing.
+func (s *settings) idlePeers(socket string) (idle []*ivshmem.Device, err error) {
+	for range s.peers {
+		d, err := ivshmem.Open(socket)
+		if err != nil {
+			return idle, err
+		}
+		idle = append(idle, d)
+		if s.over != pingpong.Section {
+			if _, err := stream.New(d, stream.Config{Mode: stream.Sleep}); err != nil {
+				return idle, err
+			}
+		}
+	}
+	return idle, nil
+}
+
+// processes runs both peers. Which of them gets the lower ID does not matter:
+// each prints what it measured, and only that one measures.
+func (s *settings) processes(ctx context.Context, socket string) error {
 	// When one fails, the other would wait in vain.
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -53,7 +85,7 @@ func (s *settings) peers(ctx context.Context, socket string) error {
 	for i := range 2 {
 		cmd := exec.CommandContext(ctx, "/proc/self/exe", append([]string{"--device", socket}, os.Args[1:]...)...)
 		cmd.Args[0] = os.Args[0]
-		cmd.Env = append(os.Environ(), embeddedPeer+"=1")
+		cmd.Env = append(os.Environ(), embeddedPeer+"="+strconv.Itoa(s.peers))
 		cmd.Stdout, cmd.Stderr = s.out, s.err
 		cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
 		cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGTERM) }

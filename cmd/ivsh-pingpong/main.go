@@ -31,11 +31,17 @@ of a link's socket, or the machine's only one) it plays with the other peer of
 the link; the peer with the lower ID leads and decides how many messages, and
 both print what they measured.
 
+Over a section a message is one word of shared memory. Over messages and conn it
+is what a program sends by package stream: there both peers need the same --over
+and --mode, and the leading one decides the rest. Mode interrupt sleeps; mode
+adaptive looks first, for as long as that pays off.
+
 Latencies are round trips. An error is a message that was lost, or not what
 was due; it ends the run. Exit codes: 0 all messages came back, 1 otherwise,
 2 wrong usage.
 
-Example: ivsh-pingpong --mode interrupt --count 10000 --device /run/link0`
+Example: ivsh-pingpong --mode interrupt --count 10000 --device /run/link0
+         ivsh-pingpong --over conn --mode adaptive --measure throughput --size 64K`
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
@@ -58,9 +64,13 @@ type usageError struct{ error }
 type settings struct {
 	device   string
 	peer     int
-	modes    []pingpong.Mode
+	over     pingpong.Over
+	modes    []string
 	count    uint64
 	warmup   uint64
+	batch    uint64
+	streams  pingpong.StreamConfig
+	peers    int // idle ones of the embedded link
 	poller   bool
 	cpus     []int // of the two embedded peers; nil: any
 	silence  time.Duration
@@ -81,9 +91,16 @@ func newApp(out, errOut io.Writer) *cli.App {
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "device", Aliases: []string{"d"}, Usage: "`DEVICE`: PCI address or socket path", EnvVars: []string{"IVSHMEM_DEVICE"}, Destination: &s.device},
 			&cli.IntFlag{Name: "peer", Usage: "`ID` of the peer to play with (default: the only other one)", Value: -1, Destination: &s.peer},
-			&cli.StringFlag{Name: "mode", Usage: "poll, interrupt, or both one after the other", Value: "both"},
-			&cli.Uint64Flag{Name: "count", Aliases: []string{"n"}, Usage: "round trips that count", Value: 20000, Destination: &s.count},
-			&cli.Uint64Flag{Name: "warmup", Usage: "round trips before those", Value: 1000, Destination: &s.warmup},
+			&cli.StringFlag{Name: "over", Usage: "what messages go over: section, messages or conn (default: section, or messages for mode adaptive)"},
+			&cli.StringFlag{Name: "mode", Usage: "how to wait: poll, interrupt, both one after the other, or adaptive", Value: "both"},
+			&cli.StringFlag{Name: "measure", Usage: "latency (round trips), or over streams: throughput (one way), rate (one way, 64 messages at a time), idle (CPU time of a connection on which nothing happens)", Value: "latency"},
+			&cli.StringFlag{Name: "size", Usage: "`BYTES` of a message over streams", Value: "64"},
+			&cli.Uint64Flag{Name: "count", Aliases: []string{"n"}, Usage: "messages, or round trips, that count", Value: 20000, Destination: &s.count},
+			&cli.Uint64Flag{Name: "warmup", Usage: "those before", Value: 1000, Destination: &s.warmup},
+			&cli.Uint64Flag{Name: "batch", Usage: "round trips that make a sample, so that the clock is read less", Value: 1, Destination: &s.batch},
+			&cli.DurationFlag{Name: "duration", Usage: "of idle", Value: 10 * time.Second, Destination: &s.streams.Duration},
+			&cli.IntFlag{Name: "conns", Usage: "idle connections besides, over streams", Destination: &s.streams.Conns},
+			&cli.IntFlag{Name: "peers", Usage: "idle peers on the link that is started, with an endpoint each", Destination: &s.peers},
 			&cli.StringFlag{Name: "sleep", Usage: "how to sleep in mode interrupt: thread (a blocked thread) or poller (Go's)", Value: "thread"},
 			&cli.StringFlag{Name: "cpus", Usage: "`A,B`: the CPUs for the two processes of this machine"},
 			&cli.DurationFlag{Name: "silence", Usage: "how long the peer may say nothing", Value: 10 * time.Second, Destination: &s.silence},
@@ -99,20 +116,22 @@ func newApp(out, errOut io.Writer) *cli.App {
 			if err := s.parse(c.String("mode"), c.String("sleep"), c.String("cpus")); err != nil {
 				return usageError{err}
 			}
+			if err := s.parseStreams(c.String("over"), c.String("measure"), c.String("size")); err != nil {
+				return usageError{err}
+			}
 			return s.run(c.Context)
 		},
 	}
 }
 
 func (s *settings) parse(mode, sleep, cpus string) error {
-	if mode == "both" {
-		s.modes = []pingpong.Mode{pingpong.Poll, pingpong.Interrupt}
-	} else {
-		m, err := pingpong.ParseMode(mode)
-		if err != nil {
-			return fmt.Errorf("--mode %q: expected poll, interrupt or both", mode)
-		}
-		s.modes = []pingpong.Mode{m}
+	switch mode {
+	case "both":
+		s.modes = []string{"poll", "interrupt"}
+	case "poll", "interrupt", "adaptive":
+		s.modes = []string{mode}
+	default:
+		return fmt.Errorf("--mode %q: expected poll, interrupt, both or adaptive", mode)
 	}
 	switch sleep {
 	case "thread":
@@ -175,9 +194,16 @@ func (s *settings) play(ctx context.Context) error {
 	}
 	report := newReport(s.out, s.json)
 	report.title(fmt.Sprintf("peer %d with peer %d, %s through %s", dev.ID(), peer, dev.Address(), dev.Driver()))
+	if s.over != pingpong.Section {
+		return s.playStreams(ctx, dev, peer, report)
+	}
 	for phase, mode := range s.modes {
+		m, err := pingpong.ParseMode(mode)
+		if err != nil {
+			return err
+		}
 		res, err := pingpong.Run(ctx, dev, peer, pingpong.Config{
-			Mode: mode, Messages: s.count, Warmup: s.warmup, Phase: uint32(phase), Silence: s.silence,
+			Mode: m, Messages: s.count, Warmup: s.warmup, Batch: s.batch, Phase: uint32(phase), Silence: s.silence,
 			Blind: os.Getenv(embeddedPeer) != "",
 		})
 		if res != nil {
@@ -195,6 +221,9 @@ func (s *settings) play(ctx context.Context) error {
 func (s *settings) other(dev *ivshmem.Device) (uint32, error) {
 	if s.peer >= 0 {
 		return uint32(s.peer), nil
+	}
+	if first, err := strconv.ParseUint(os.Getenv(embeddedPeer), 10, 16); err == nil {
+		return 2*uint32(first) + 1 - dev.ID(), nil // of two, behind the idle ones
 	}
 	if dev.MaxPeers() == 2 {
 		return 1 - dev.ID(), nil
