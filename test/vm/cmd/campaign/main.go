@@ -44,6 +44,7 @@ var campaigns = []campaign{
 	{"drivers", "every way to the device against everything it may be able to do, on both architectures", time.Second, drivers},
 	{"doctor", "what `ivshctl doctor` says of set-ups that are broken on purpose", time.Second, doctor},
 	{"pingpong", "round trips of two host processes against the floor of the machine", 10 * time.Second, pingPong},
+	{"bench", "streams of two host processes against the floors of the machine, and against what is used instead", time.Second, bench},
 	{"fuzz", "all fuzzers, DURATION each", 3 * time.Second, fuzz},
 }
 
@@ -122,6 +123,13 @@ func (r *Report) say(format string, args ...any) {
 }
 
 func main() {
+	if len(os.Args) > 2 && os.Args[1] == floorPoller {
+		if err := poller(os.Args[2:]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	code := run(ctx, os.Args[1:])
 	stop()
