@@ -186,8 +186,8 @@ func checkRecord(header, position, ring uint64) error {
 		return &ViolationError{Field: "record length", Value: n, Bound: fmt.Sprintf("at most %d", room)}
 	case header&recordPadding != 0 && n != room:
 		return &ViolationError{Field: "padding", Value: n, Bound: fmt.Sprintf("exactly %d", room)}
-	case header&recordPacked != 0 && n > maxPacked:
-		return &ViolationError{Field: "packed record length", Value: n, Bound: fmt.Sprintf("at most %d", maxPacked)}
+	case header&recordPacked != 0 && (n == 0 || n > maxPacked):
+		return &ViolationError{Field: "packed record length", Value: n, Bound: fmt.Sprintf("1 to %d", maxPacked)}
 	}
 	return nil
 }

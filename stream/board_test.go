@@ -54,7 +54,14 @@ func newBoard(t testing.TB, c boardConfig) *board {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &board{boardConfig: c, memory: make([]byte, layout.Total()), layout: layout, states: make([]uint32, c.peers), peers: make([]*boardPeer, c.peers)}
+	// A mapping, as in earnest: what peers do to each other there is no race
+	// of this program.
+	memory, err := unix.Mmap(-1, 0, int(layout.Total()), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_SHARED)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Munmap(memory) })
+	return &board{boardConfig: c, memory: memory, layout: layout, states: make([]uint32, c.peers), peers: make([]*boardPeer, c.peers)}
 }
 
 // device is a fresh device of a peer, as after a restart.
@@ -124,7 +131,10 @@ func (p *boardPeer) WriteConfig(offset int, v uint8) error {
 func (p *boardPeer) oneShot() bool { return p.config[0x43]&1 != 0 }
 
 func (p *boardPeer) Load(r regs.Register) (uint32, error) {
-	if r == regs.MaxPeers {
+	switch {
+	case p.closed.Load():
+		return 0, os.ErrClosed
+	case r == regs.MaxPeers:
 		return uint32(len(p.states)), nil
 	}
 	return p.id, nil

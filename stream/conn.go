@@ -40,6 +40,7 @@ type Conn struct {
 	// Below: with ep.mu held.
 	connected  bool
 	peerClosed bool
+	pending    bool // nobody has accepted it, or it was refused
 	finished   bool // nobody uses the own end any more
 	released   bool // the slot is not this connection's any more
 	err        error
@@ -104,7 +105,6 @@ func (c *Conn) open() error {
 func (c *Conn) connect(slot uint32) error {
 	r := c.peer
 	if r.conns[slot] != nil {
-		c.release()
 		return fmt.Errorf("%w: the peer's slot %d is in use", syscall.ECONNRESET, slot)
 	}
 	block, err := r.block(slot)
@@ -203,11 +203,27 @@ func (c *Conn) release() {
 	if !r.gone {
 		ep.notify(r, c.slot)
 	}
+	c.settle()
 	for _, other := range ep.remotes {
 		if other.unanswered {
 			other.unanswered = false
 			other.scan(ep)
 		}
+	}
+}
+
+// settle ends the time in which the connection was pending. The caller holds
+// ep.mu.
+func (c *Conn) settle() {
+	if !c.pending {
+		return
+	}
+	r := c.peer
+	c.pending = false
+	r.pending--
+	if r.unanswered {
+		r.unanswered = false
+		r.scan(c.ep)
 	}
 }
 
@@ -227,7 +243,7 @@ func (c *Conn) fault(h *half) error {
 		return net.ErrClosed
 	case stop&stopDeadline != 0:
 		return os.ErrDeadlineExceeded
-	case stop == stopLost && h == &c.read && c.rx.ready():
+	case stop == stopLost && h == &c.read && (len(c.packed) > 0 || c.rx.remains()):
 		return nil
 	case stop&(stopBroken|stopLost) != 0:
 		c.ep.mu.Lock()

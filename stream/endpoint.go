@@ -307,11 +307,12 @@ func (ep *Endpoint) dial(ctx context.Context, peer, port uint32) (*Conn, error) 
 	}
 	stop := context.AfterFunc(ctx, func() { c.read.halt(stopDeadline) })
 	c.read.sleep(func() {}) // the peer rings in any case
-	stop()
+	// The context halts c.read, if not yet, then soon.
+	late := !stop()
 	ep.mu.Lock()
 	defer ep.unlock()
 	switch {
-	case c.answered.Load() == slotOpen && c.read.stop.And(^uint32(stopDeadline))&stopBroken == 0:
+	case c.answered.Load() == slotOpen && !late && c.read.stop.Load()&stopBroken == 0:
 		c.read.ready, c.read.rx = c.rx.ready, &c.rx
 		return c, nil
 	case c.answered.Load() == slotRefused:
@@ -353,7 +354,9 @@ func (ep *Endpoint) knock(peer, port uint32) (*Conn, error) {
 	return c, nil
 }
 
-// Listener takes connections to a port. It implements [net.Listener].
+// Listener takes connections to a port. It implements [net.Listener]. A peer
+// that has as many connections waiting to be accepted as there are slots left
+// waits with the next one, so that others get through.
 type Listener struct {
 	ep   *Endpoint
 	addr Addr
@@ -390,7 +393,8 @@ func (l *Listener) AcceptStream() (*Conn, error) {
 		case len(l.backlog) > 0:
 			c := l.backlog[0]
 			l.backlog = slices.Delete(l.backlog, 0, 1)
-			ep.mu.Unlock()
+			c.settle()
+			ep.unlock()
 			return c, nil
 		case l.err != nil:
 			err := l.err

@@ -16,7 +16,7 @@ const chunk = 16 << 10
 func (c *Conn) fill() error {
 	for {
 		// What is almost always so, first.
-		if ok, _ := c.rx.next(); ok && c.rx.flags&(recordPadding|recordFin) == 0 && c.read.stop.Load()&^stopLost == 0 {
+		if ok, _ := c.rx.next(); ok && c.rx.flags&(recordPadding|recordFin) == 0 && c.read.stop.Load() == 0 {
 			return nil
 		}
 		if err := c.fault(&c.read); err != nil {
@@ -375,19 +375,26 @@ func (c *Conn) reserve(n int) ([]byte, error) {
 // UnsafeCommit sends the first n bytes of what UnsafeReserve gave as a message.
 func (c *Conn) UnsafeCommit(n int) error {
 	defer c.write.mu.Unlock()
+	if c.write.stop.Load()&stopBroken != 0 { // the ring may be another's already
+		return c.opError("send", c.fault(&c.write))
+	}
 	c.tx.stageHeader(uint64(n), recordEnd)
 	c.flush()
 	return nil
 }
 
 // UnsafePeek gives the rest of the next record in the shared memory itself: a
-// message that was sent by UnsafeCommit, or a part of what was written. It keeps
-// others from reading until UnsafeRelease. The peer can change the bytes at any
-// time: check no byte that is looked at again. The slice must not be used
-// after UnsafeRelease or Close.
+// message that was sent by UnsafeCommit, or a part of what was written (not
+// what SendAll sends: that resets the connection). It keeps others from reading
+// until UnsafeRelease. The peer can change the bytes at any time: check no byte
+// that is looked at again. The slice must not be used after UnsafeRelease or
+// Close.
 func (c *Conn) UnsafePeek() (p []byte, end bool, err error) {
 	c.read.mu.Lock()
-	if err = c.fill(); err == nil {
+	if err = c.fill(); err == nil && c.rx.flags&recordPacked != 0 {
+		err = c.violate(&ViolationError{Field: "record", Value: c.rx.flags >> 32, Bound: "one message, not packed ones"})
+	}
+	if err == nil {
 		p, err = c.rx.ring.UnsafeBytes(c.rx.head&(c.rx.size-1)+recordHeader+c.rx.off, c.rx.n-c.rx.off)
 	}
 	if err != nil {

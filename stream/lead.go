@@ -3,6 +3,9 @@ package stream
 import (
 	"context"
 	"time"
+
+	"github.com/ivshmem-go/ivshmem"
+	"github.com/ivshmem-go/ivshmem/regs"
 )
 
 // One waiter of an endpoint, the leader, sleeps in the kernel. It looks at
@@ -55,9 +58,16 @@ const pollInterval = 500 * time.Microsecond
 
 // patrol leads where there are no interrupts.
 func (ep *Endpoint) patrol() {
-	for {
+	for i := 1; ; i++ {
 		time.Sleep(pollInterval)
+		var err error
+		if i%patrolsPerCheck == 0 {
+			err = ep.check()
+		}
 		ep.mu.Lock()
+		if err != nil {
+			ep.fail(err)
+		}
 		ep.pollLocked()
 		ended := ep.err != nil
 		ep.mu.Unlock()
@@ -65,6 +75,19 @@ func (ep *Endpoint) patrol() {
 			return
 		}
 	}
+}
+
+// patrolsPerCheck is how often patrol finds out whether there is a device at
+// all: a register access may cost as much as a sleep.
+const patrolsPerCheck = 64
+
+// check fails if the device was closed or is gone.
+func (ep *Endpoint) check() error {
+	id, err := ep.dev.Register(regs.ID)
+	if err == nil && id == regs.AllOnes {
+		err = ivshmem.ErrGone
+	}
+	return err
 }
 
 // lead sleeps in the kernel for all. The waiter is the leader already.

@@ -28,6 +28,9 @@ type remote struct {
 	// peer has not answered yet are in dialing.
 	conns   []*Conn
 	dialing map[*Conn]struct{}
+	// pending is how many slots are taken by its knocking that nobody has
+	// accepted, or that was refused.
+	pending int
 	// unanswered says that there was no slot to answer a knocking peer.
 	unanswered bool
 }
@@ -276,7 +279,8 @@ func (ep *Endpoint) answer(r *remote, slot uint32, d descriptor) {
 		return
 	}
 	c := ep.conns[d.slot]
-	if c == nil || c.id != d.id || c.peer != r || c.answered.Load() != 0 {
+	// Connections that came in have IDs that the peer chose: none to answer.
+	if _, dialing := r.dialing[c]; !dialing || c.id != d.id || c.answered.Load() != 0 {
 		return
 	}
 	if d.state == slotOpen {
@@ -292,14 +296,23 @@ func (ep *Endpoint) answer(r *remote, slot uint32, d descriptor) {
 
 // admit is a peer's knocking: it gets a connection, or is refused.
 func (ep *Endpoint) admit(r *remote, slot uint32, d descriptor) {
+	// Who knocks all over leaves slots for others.
+	if r.pending >= max(1, len(ep.free)) {
+		r.unanswered = true
+		return
+	}
 	c, err := ep.newConn(r, d.id, d.port, d.slot)
 	if err == nil {
-		err = c.connect(slot)
+		if err = c.connect(slot); err != nil {
+			c.release()
+		}
 	}
 	if err != nil { // no slot, not even to say so
 		r.unanswered = true
 		return
 	}
+	c.pending = true
+	r.pending++
 	// The last slot is kept for refusals.
 	l := ep.listeners[d.port]
 	if l == nil || len(l.backlog) >= backlogLimit || len(ep.free) == 0 && len(ep.conns) > 1 {

@@ -88,11 +88,22 @@ type receiver struct {
 
 	n, off uint64 // bytes in that record, and how many of them were read
 	flags  uint64 // of that record, 0: it was not looked at yet
+	empty  bool   // that record has no meaning
 	fin    bool   // nothing comes any more
+	limit  uint64 // nothing that a lost peer wrote is behind it, 0: not known
 }
 
 // ready reports whether there is a record to read.
 func (r *receiver) ready() bool { return r.flags != 0 || r.words.Load(r.head/8) != 0 }
+
+// remains reports whether there is something to read of a peer that is lost:
+// no more than a ring holds.
+func (r *receiver) remains() bool {
+	if r.limit == 0 {
+		r.limit = r.head + r.size
+	}
+	return r.head < r.limit && r.ready()
+}
 
 // glances looks a few times for a record, or for a reason to stop: the loop
 // whose speed is the latency of polling.
@@ -119,6 +130,13 @@ func (r *receiver) next() (ok bool, err error) {
 	if err := checkRecord(header, r.head, r.size); err != nil {
 		return false, err
 	}
+	// One is what there may be at the end of the ring. A ring of nothing else
+	// would keep a reader going in circles.
+	empty := header&recordPadding != 0 || header&(lengthMask|recordEnd|recordFin) == 0
+	if empty && r.empty {
+		return false, &ViolationError{Field: "record", Value: header, Bound: "something behind a record without meaning"}
+	}
+	r.empty = empty
 	r.n, r.off, r.flags = header&lengthMask, 0, header&recordFlags
 	return true, nil
 }

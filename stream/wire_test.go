@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"net"
 	"sync"
 	"syscall"
 	"testing"
@@ -340,6 +339,30 @@ func TestRefused(t *testing.T) {
 	free(t, m.look(0))
 }
 
+// TestSlots has one peer take all slots but the last, which is for refusals.
+func TestSlots(t *testing.T) {
+	ep, m := pair(t, stream.Config{Ring: 4096}, shape{100, 9, 4})
+	var conns []*stream.Conn
+	for len(conns) < ep.Slots()-1 {
+		c, _ := accept(t, ep, m, uint32(len(conns)))
+		conns = append(conns, c)
+	}
+	l, err := ep.Listen(7)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if _, ok := m.dial(0, m.n-1, 7); ok {
+		t.Error("connected without a slot")
+	}
+	m.setState(0)
+	for _, c := range conns {
+		c.Close()
+	}
+	m.start()
+	free(t, m.look(0))
+}
+
 // TestRestart replaces a peer by another with the same ID at moments when the
 // endpoint has something with it.
 func TestRestart(t *testing.T) {
@@ -421,4 +444,33 @@ func TestRestartOtherShape(t *testing.T) {
 	c.Close()
 }
 
-var _ net.Conn = (*stream.Conn)(nil)
+// TestPackedLastWords lets a peer die behind a packed record of which a message
+// was read: the others are there, too.
+func TestPackedLastWords(t *testing.T) {
+	b := newBoard(t, boardConfig{peers: 2, vectors: 2, output: 64 << 10})
+	ep := newEndpoint(t, b.device(t, 0), stream.Config{})
+	m := newModel(t, b.device(t, 1), shape{4, 9, 4}).start()
+	c, k := accept(t, ep, m, 0)
+	var p []byte
+	for i := range byte(3) {
+		p = binary.LittleEndian.AppendUint64(p, 1)
+		p = append(p, i, 0, 0, 0, 0, 0, 0, 0)
+	}
+	k.record(packed, p)
+	for i := range byte(3) {
+		if n, err := c.Receive(p); n != 1 || err != nil || p[0] != i {
+			t.Fatalf("message %d: %d bytes, %v", i, n, err)
+		}
+		if i == 0 {
+			b.kill(1)
+			until(t, "the death to be seen", func() bool {
+				_, err := c.Write(nil)
+				return errors.Is(err, syscall.ECONNRESET)
+			})
+		}
+	}
+	if _, err := c.Receive(p); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("behind the end: %v, want ECONNRESET", err)
+	}
+	c.Close()
+}
