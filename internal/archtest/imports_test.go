@@ -61,7 +61,8 @@ var rules = map[string]rule{
 
 	"internal/filecopy": {why: "a protocol over any connection"},
 	"internal/relay":    {why: "joins any two connections"},
-	"internal/pingpong": {own: []string{"", "shmem"}, others: []string{unix, "github.com/HdrHistogram/hdrhistogram-go"},
+	"internal/compare":  {others: []string{unix}, why: "what a link is compared with is nothing of ours"},
+	"internal/pingpong": {own: []string{"", "shmem", "stream"}, others: []string{unix, "github.com/HdrHistogram/hdrhistogram-go"},
 		why: "a protocol never knows what carries it"},
 	"cmd/ivshctl": {own: []string{"", "regs", "shmem", "link", "link/pcidev", "link/ivshsock", "internal/sockpath", "stream", "internal/filecopy", "internal/relay", "internal/sysfs"}, others: []string{unix, "github.com/urfave/cli/v2"},
 		why: "commands parse, call and print"},
@@ -69,8 +70,9 @@ var rules = map[string]rule{
 	"examples/rpc":    {own: []string{"", "stream"}, why: "what a user would write"},
 	"examples/pubsub": {own: []string{"", "stream"}, why: "what a user would write"},
 	"examples/sensor": {own: []string{"", "shmem"}, why: "what a user would write"},
-	"cmd/ivsh-pingpong": {own: []string{"", "regs", "link", "link/pcidev", "internal/pingpong"}, others: []string{unix, "github.com/urfave/cli/v2"},
-		why: "commands parse, call and print"},
+	"cmd/ivsh-pingpong": {own: []string{"", "regs", "link", "link/pcidev", "stream", "internal/compare", "internal/pingpong"},
+		others: []string{unix, "github.com/urfave/cli/v2", "github.com/HdrHistogram/hdrhistogram-go"},
+		why:    "commands parse, call and print"},
 }
 
 func TestImports(t *testing.T) {

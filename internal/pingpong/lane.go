@@ -71,13 +71,3 @@ func word(seq uint64, pong bool) uint64 {
 	x ^= x >> 29
 	return x<<48 | seq&endOfRun
 }
-
-// MessageError is a message that is not the one that was due.
-type MessageError struct {
-	Field           string
-	Expected, Found uint64
-}
-
-func (e *MessageError) Error() string {
-	return fmt.Sprintf("message: %s: expected %#x, found %#x", e.Field, e.Expected, e.Found)
-}

@@ -46,15 +46,20 @@ func ParseMode(s string) (Mode, error) {
 // Config of a run. Both peers need the same Mode.
 type Config struct {
 	Mode Mode
-	// Messages is the number of round trips that count: the pinger's number
-	// holds for both peers. Warmup is the number of those before that do not.
+	// Messages is the number of round trips that count, and Duration how long
+	// they may take: the pinger's limits hold for both peers, and the first
+	// that is reached ends the run. 0 is no limit. Warmup is the number of
+	// round trips before that do not count.
 	Messages, Warmup uint64
+	Duration         time.Duration
 	// Blind keeps the peer that answers from measuring: reading the clock
 	// would be part of the other's round trips.
 	Blind bool
 	// Batch is how many round trips make a sample: more than one keep the
 	// reading of the clock out of them. 0 is 1.
 	Batch uint64
+	// Rate is the pinger's messages per second, in an open loop: see Task.
+	Rate float64
 	// Phase numbers the runs of one pair of handles, from 0.
 	Phase uint32
 	// Silence is how long the peer may say nothing before the run fails.
@@ -144,7 +149,7 @@ func Run(parent context.Context, dev *ivshmem.Device, peer uint32, c Config) (*R
 	defer runtime.UnlockOSThread()
 	res := &Result{Mode: c.Mode, Role: "pong"}
 	if r.pinger || !c.Blind {
-		res.RTT = hdrhistogram.New(1, int64(time.Minute), 3)
+		res.RTT = hdrhistogram.New(1, int64(longest), 3)
 	}
 	if r.pinger {
 		res.Role = "ping"
@@ -229,11 +234,25 @@ func (r *run) linger(ctx context.Context) {
 }
 
 func (r *run) ping(ctx context.Context, res *Result) error {
-	total := r.Warmup + r.Messages
 	batch := max(r.Batch, 1)
-	sent := time.Now()
-	for seq := uint64(1); seq <= total; seq++ {
-		if batch == 1 {
+	if r.Rate > 0 {
+		batch = 1
+	}
+	var pace pacer
+	begin := time.Now() // of what counts
+	sent := begin
+	seq := uint64(1)
+	for ; ; seq++ {
+		if seq == r.Warmup+1 {
+			begin = time.Now()
+			if r.Rate > 0 {
+				pace = newPacer(r.Rate)
+			}
+		}
+		switch {
+		case r.Rate > 0 && seq > r.Warmup:
+			sent = pace.wait(seq - r.Warmup - 1)
+		case batch == 1:
 			sent = time.Now()
 		}
 		if err := r.send(seq); err != nil {
@@ -242,14 +261,9 @@ func (r *run) ping(ctx context.Context, res *Result) error {
 		if err := r.receive(ctx, seq); err != nil {
 			return err
 		}
-		if batch == 1 {
-			if err := r.record(res, seq, sent); err != nil {
-				return err
-			}
-			continue
-		}
-		if seq%batch == 0 {
-			now := time.Now()
+		var now time.Time
+		if batch == 1 || seq%batch == 0 {
+			now = time.Now()
 			if seq >= r.Warmup+batch {
 				rtt := now.Sub(sent)
 				res.Messages += batch
@@ -260,10 +274,16 @@ func (r *run) ping(ctx context.Context, res *Result) error {
 			}
 			sent = now
 		}
+		if seq >= r.Warmup+1 && (seq-r.Warmup == r.Messages || r.Duration > 0 && now.Sub(begin) >= r.Duration) {
+			break
+		}
+	}
+	if r.Rate > 0 {
+		res.Elapsed = time.Since(begin)
 	}
 	r.lanes.out.Store(0, word(endOfRun, false))
 	if r.Mode == Interrupt {
-		return r.dev.Ring(r.peer, r.vectors[(total+1)&1^1])
+		return r.dev.Ring(r.peer, r.vectors[(seq+1)&1^1])
 	}
 	return nil
 }

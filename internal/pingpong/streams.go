@@ -2,67 +2,13 @@ package pingpong
 
 import (
 	"context"
-	"encoding/binary"
-	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
-	"runtime"
 	"syscall"
 	"time"
 
-	"github.com/HdrHistogram/hdrhistogram-go"
-	"golang.org/x/sys/unix"
-
 	"github.com/ivshmem-go/ivshmem/stream"
 )
-
-// Over is what messages go over.
-type Over string
-
-// The layers.
-const (
-	Section  Over = "section"  // a word in a section, see Run
-	Messages Over = "messages" // stream.Conn's messages
-	Conn     Over = "conn"     // stream.Conn as net.Conn
-)
-
-// Measure is what is measured.
-type Measure string
-
-// Measures.
-const (
-	Latency    Measure = "latency"    // round trips
-	Throughput Measure = "throughput" // one way, by Write or Send
-	Rate       Measure = "rate"       // one way, 64 messages at a time
-	Idle       Measure = "idle"       // a connection on which nothing happens
-)
-
-// StreamConfig is a run over streams. The leading peer's holds for both.
-type StreamConfig struct {
-	Over     Over          `json:"over"`
-	Measure  Measure       `json:"measure"`
-	Size     int           `json:"size"`     // of a message, bytes
-	Messages uint64        `json:"messages"` // that count
-	Warmup   uint64        `json:"warmup"`   // before them
-	Batch    uint64        `json:"batch"`    // round trips that make a sample
-	Duration time.Duration `json:"duration"` // of Idle
-	Conns    int           `json:"conns"`    // idle connections besides
-	// Read says that somebody waits for something to read on each of those:
-	// not where waiting is looking all the time.
-	Read bool `json:"read"`
-}
-
-// StreamResult is what the leading peer found.
-type StreamResult struct {
-	StreamConfig
-	Elapsed time.Duration
-	RTT     *hdrhistogram.Histogram // nanoseconds; Latency only
-	// CPU is what both processes used, in seconds.
-	CPU float64
-	// Doorbells rung by both sides, and memory allocations of this one.
-	Doorbells, Allocations uint64
-}
 
 // Ports of a run.
 const (
@@ -71,50 +17,67 @@ const (
 	dataPort    = 3
 )
 
-const (
-	// minSize is the least size of a message: its sequence number.
-	minSize = 8
-	// rateBatch is how many messages are sent at a time.
-	rateBatch = 64
-)
+// messages is a connection's messages as a Channel.
+type messages struct{ *stream.Conn }
 
-// usage is what a peer spent.
-type usage struct {
-	CPU       float64 `json:"cpu"`
-	Doorbells uint64  `json:"doorbells"`
-	Error     string  `json:"error,omitempty"`
-}
-
-func spent(ep *stream.Endpoint) usage {
-	var r unix.Rusage
-	unix.Getrusage(unix.RUSAGE_SELF, &r)
-	return usage{CPU: float64(r.Utime.Nano()+r.Stime.Nano()) / 1e9, Doorbells: ep.Stats().Doorbells}
-}
-
-func (u usage) since(before usage) usage {
-	return usage{CPU: u.CPU - before.CPU, Doorbells: u.Doorbells - before.Doorbells}
-}
-
-// Lead runs a measurement with a peer that follows.
-func Lead(ctx context.Context, ep *stream.Endpoint, peer uint32, c StreamConfig) (*StreamResult, error) {
-	if c.Size < minSize {
-		return nil, fmt.Errorf("size %d: expected at least %d bytes", c.Size, minSize)
+func (m messages) Receive(p []byte) error {
+	n, err := m.Conn.Receive(p)
+	if err == nil && n != len(p) {
+		err = &MessageError{Field: "length", Expected: uint64(len(p)), Found: uint64(n)}
 	}
-	control, err := dial(ctx, ep, peer, controlPort)
+	return err
+}
+
+// octets is a connection's stream of bytes as a Channel.
+type octets struct{ conn *stream.Conn }
+
+func (o octets) Send(p []byte) error {
+	_, err := o.conn.Write(p)
+	return err
+}
+
+func (o octets) Receive(p []byte) error {
+	_, err := io.ReadFull(o.conn, p)
+	return err
+}
+
+func streamLink(ep *stream.Endpoint, control *Control, data *stream.Conn, t Task) Link {
+	l := Link{
+		Data:      octets{data},
+		Control:   control,
+		Doorbells: func() uint64 { return ep.Stats().Doorbells },
+		Idle: func(d time.Duration) {
+			data.SetReadDeadline(time.Now().Add(d))
+			data.Read(make([]byte, 1))
+		},
+	}
+	if t.Over == Messages || t.Measure == Rate {
+		l.Data = messages{data}
+	}
+	return l
+}
+
+// Lead measures over streams with a peer that follows.
+func Lead(ctx context.Context, ep *stream.Endpoint, peer uint32, t Task) (*Outcome, error) {
+	if err := t.Check(); err != nil {
+		return nil, err
+	}
+	c, err := dial(ctx, ep, peer, controlPort)
 	if err != nil {
 		return nil, err
 	}
-	defer control.Close()
-	if err := sendJSON(control, c); err != nil {
+	defer c.Close()
+	control := NewControl(c)
+	if err := control.enc.Encode(t); err != nil {
 		return nil, err
 	}
-	for range c.Conns {
+	for range t.Conns {
 		idle, err := dial(ctx, ep, peer, idlePort)
 		if err != nil {
 			return nil, err
 		}
 		defer idle.Close()
-		if c.Read {
+		if t.Read {
 			go idle.Read(make([]byte, 1))
 		}
 	}
@@ -123,17 +86,13 @@ func Lead(ctx context.Context, ep *stream.Endpoint, peer uint32, c StreamConfig)
 		return nil, err
 	}
 	defer data.Close()
-	stop := context.AfterFunc(ctx, func() { data.Close(); control.Close() })
+	stop := context.AfterFunc(ctx, func() { data.Close(); c.Close() })
 	defer stop()
-	// The thread is kept, as waking another one costs more than the wait.
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	res := &StreamResult{StreamConfig: c}
-	l := &lead{ep: ep, data: data, control: control, res: res, p: make([]byte, c.Size), p2: make([]byte, c.Size)}
-	if err := l.run(); err != nil {
-		return res, errors.Join(context.Cause(ctx), err)
+	res, err := LeadTask(streamLink(ep, control, data, t), t)
+	if err != nil {
+		err = errors.Join(context.Cause(ctx), err)
 	}
-	return res, nil
+	return res, err
 }
 
 // dial dials until the peer listens.
@@ -151,194 +110,65 @@ func dial(ctx context.Context, ep *stream.Endpoint, peer, port uint32) (*stream.
 	}
 }
 
-func sendJSON(c *stream.Conn, v any) error {
-	b, err := json.Marshal(v)
+// Follow does what a leading peer asks for, until that was the last task.
+func Follow(ctx context.Context, ep *stream.Endpoint) error {
+	control, err := ep.Listen(controlPort)
 	if err != nil {
 		return err
 	}
-	return c.Send(b)
-}
-
-func receiveJSON(c *stream.Conn, v any) error {
-	b := make([]byte, 4096)
-	n, err := c.Receive(b)
+	defer control.Close()
+	idle, err := ep.Listen(idlePort)
 	if err != nil {
 		return err
 	}
-	return json.Unmarshal(b[:n], v)
-}
-
-type lead struct {
-	ep            *stream.Endpoint
-	data, control *stream.Conn
-	res           *StreamResult
-	p, p2         []byte
-
-	own     usage
-	mallocs uint64
-	begin   time.Time
-}
-
-// start begins what counts, and the peer's account too.
-func (l *lead) start() error {
-	if err := sendJSON(l.control, usage{}); err != nil {
-		return err
-	}
-	var ready usage
-	if err := receiveJSON(l.control, &ready); err != nil {
-		return err
-	}
-	var m runtime.MemStats
-	runtime.ReadMemStats(&m)
-	l.own, l.mallocs, l.begin = spent(l.ep), m.Mallocs, time.Now()
-	return nil
-}
-
-// finish ends it: one way runs end when the peer has everything, and says so.
-func (l *lead) finish() error {
-	oneWay := l.res.Measure == Throughput || l.res.Measure == Rate
-	if !oneWay {
-		l.account()
-	}
-	if err := sendJSON(l.control, usage{}); err != nil {
-		return err
-	}
-	var peer usage
-	if err := receiveJSON(l.control, &peer); err != nil {
-		return err
-	}
-	if peer.Error != "" {
-		return fmt.Errorf("peer: %s", peer.Error)
-	}
-	if oneWay {
-		l.account()
-	}
-	l.res.CPU += peer.CPU
-	l.res.Doorbells += peer.Doorbells
-	return nil
-}
-
-func (l *lead) account() {
-	l.res.Elapsed = time.Since(l.begin)
-	u := spent(l.ep).since(l.own)
-	var m runtime.MemStats
-	runtime.ReadMemStats(&m)
-	l.res.CPU, l.res.Doorbells, l.res.Allocations = u.CPU, u.Doorbells, m.Mallocs-l.mallocs
-}
-
-func (l *lead) run() error {
-	c := l.res.StreamConfig
-	if c.Measure == Idle {
-		if err := l.start(); err != nil {
-			return err
-		}
-		l.data.SetReadDeadline(time.Now().Add(c.Duration))
-		l.data.Read(l.p)
-		return l.finish()
-	}
-	if c.Measure == Latency {
-		l.res.RTT = hdrhistogram.New(1, int64(time.Minute), 3)
-	}
-	if err := l.pass(1, c.Warmup, false); err != nil {
-		return err
-	}
-	if err := l.start(); err != nil {
-		return err
-	}
-	if err := l.pass(c.Warmup+1, c.Messages, true); err != nil {
-		return err
-	}
-	return l.finish()
-}
-
-// pass sends n messages, of which the first has the number from.
-func (l *lead) pass(from, n uint64, counts bool) error {
-	c := l.res.StreamConfig
-	switch c.Measure {
-	case Latency:
-		return l.trips(from, n, counts)
-	case Rate:
-		batch := make([][]byte, rateBatch)
-		for i := range batch {
-			batch[i] = make([]byte, c.Size)
-		}
-		for done := uint64(0); done < n; {
-			b := batch[:min(n-done, rateBatch)]
-			for i := range b {
-				binary.LittleEndian.PutUint64(b[i], from+done+uint64(i))
-			}
-			if _, err := l.data.SendAll(b); err != nil {
-				return err
-			}
-			done += uint64(len(b))
-		}
-		return nil
-	}
-	for seq := from; seq < from+n; seq++ {
-		binary.LittleEndian.PutUint64(l.p, seq)
-		if err := give(l.data, c.Over, l.p); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (l *lead) trips(from, n uint64, counts bool) error {
-	c := l.res.StreamConfig
-	batch := max(c.Batch, 1)
-	base := time.Now() // so that the clock is read once for a time
-	sent := time.Since(base)
-	for i := uint64(1); i <= n; i++ {
-		binary.LittleEndian.PutUint64(l.p, from+i-1)
-		if err := give(l.data, c.Over, l.p); err != nil {
-			return err
-		}
-		if err := take(l.data, c.Over, l.p2, from+i-1); err != nil {
-			return err
-		}
-		if i%batch != 0 {
-			continue
-		}
-		now := time.Since(base)
-		if counts {
-			if err := l.res.RTT.RecordValue(max(1, int64(now-sent)/int64(batch))); err != nil {
-				return err
-			}
-		}
-		if batch == 1 { // what recording took is no part of the next one
-			now = time.Since(base)
-		}
-		sent = now
-	}
-	return nil
-}
-
-// give sends a message.
-func give(c *stream.Conn, over Over, p []byte) error {
-	if over == Messages {
-		return c.Send(p)
-	}
-	_, err := c.Write(p)
-	return err
-}
-
-// take receives the message that is due.
-func take(c *stream.Conn, over Over, p []byte, seq uint64) error {
-	n := len(p)
-	var err error
-	if over == Messages {
-		n, err = c.Receive(p)
-	} else {
-		_, err = io.ReadFull(c, p)
-	}
+	defer idle.Close()
+	data, err := ep.Listen(dataPort)
 	if err != nil {
 		return err
 	}
-	if n != len(p) {
-		return &MessageError{Field: "length", Expected: uint64(len(p)), Found: uint64(n)}
-	}
-	if got := binary.LittleEndian.Uint64(p); got != seq {
-		return &MessageError{Field: "sequence number", Expected: seq, Found: got}
+	defer data.Close()
+	stop := context.AfterFunc(ctx, func() { control.Close(); idle.Close(); data.Close() })
+	defer stop()
+	for more := true; more; {
+		c, err := control.AcceptStream()
+		if err == nil {
+			more, err = follow(ctx, ep, c, idle, data)
+			c.Close()
+		}
+		if err != nil {
+			return errors.Join(context.Cause(ctx), err)
+		}
 	}
 	return nil
+}
+
+func follow(ctx context.Context, ep *stream.Endpoint, c *stream.Conn, idle, data *stream.Listener) (more bool, err error) {
+	stop := context.AfterFunc(ctx, func() { c.Close() })
+	defer stop()
+	control := NewControl(c)
+	var t Task
+	if err := control.dec.Decode(&t); err != nil {
+		return false, err
+	}
+	if err := t.Check(); err != nil {
+		return false, err
+	}
+	for range t.Conns {
+		i, err := idle.AcceptStream()
+		if err != nil {
+			return false, err
+		}
+		defer i.Close()
+		if t.Read {
+			go i.Read(make([]byte, 1))
+		}
+	}
+	conn, err := data.AcceptStream()
+	if err != nil {
+		return false, err
+	}
+	defer conn.Close()
+	stopData := context.AfterFunc(ctx, func() { conn.Close() })
+	defer stopData()
+	return t.More, FollowTask(streamLink(ep, control, conn, t), t)
 }
