@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"runtime"
 	"slices"
 	"sync"
 
@@ -153,6 +154,9 @@ func (s *Server) start(v *vfiouser.Server, run func()) {
 	}
 	s.mu.Unlock()
 	s.wg.Go(func() {
+		// Never unlocked, so the thread ends with the connection: those of a
+		// crowd that has left do not stay.
+		runtime.LockOSThread()
 		run()
 		s.mu.Lock()
 		delete(s.conns, v)

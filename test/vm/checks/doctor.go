@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 
@@ -137,9 +138,9 @@ func (c *Clinic) add(guest int, device, socket string) {
 	c.Configs[guest].Devices = append(c.Configs[guest].Devices, d)
 }
 
-// Close ends the services.
+// Close ends the services; the guests have to be ended before.
 func (c *Clinic) Close() {
-	for _, f := range c.end {
+	for _, f := range slices.Backward(c.end) {
 		f()
 	}
 }
@@ -184,8 +185,7 @@ func (c *Clinic) serveTruncated() (path string, err error) {
 			_ = vfiouser.Serve(conn, truncatedDevice{f}, vfiouser.ServerOptions{}) // until QEMU ends
 		}
 	})
-	// Guests are ended before the clinic is; the function, after this.
-	c.end = append([]func(){func() { listener.Close(); served.Wait() }}, c.end...)
+	c.end = append(c.end, func() { listener.Close(); served.Wait() })
 	return path, nil
 }
 

@@ -14,10 +14,15 @@ import (
 
 var programs = map[string]func(ctx context.Context, args []string) (any, error){
 	"bar2":      bar2,
+	"churn":     churn,
 	"copies":    copies,
+	"cost":      cost,
 	"crash":     crash,
+	"crowd":     crowd,
+	"mixed":     mixed,
 	"oneshot":   oneShot,
 	"ring":      ring,
+	"survive":   survive,
 	"uio-hold":  hold,
 	"uio-rules": rules,
 	"uio-wait":  wait,

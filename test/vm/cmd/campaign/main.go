@@ -43,8 +43,12 @@ var campaigns = []campaign{
 	{"doorbells", "no lost wake-up through uio_ivshmem (kmod/) and vfio-pci, with bursts of doorbells", 6 * time.Second, doorbells},
 	{"drivers", "every way to the device against everything it may be able to do, on both architectures", time.Second, drivers},
 	{"doctor", "what `ivshctl doctor` says of set-ups that are broken on purpose", time.Second, doctor},
+	{"connects", "clients of both sockets, and QEMUs, that come, go and are killed, at one service", time.Second, connects},
+	{"mixed", "guests, host processes and ivshmem2 clients on one link: all ring all, and see their states", time.Second, mixed},
+	{"doorbell-cost", "the way of a doorbell hop by hop, beside the ivshmem v1 of QEMU", time.Second, doorbellCost},
 	{"pingpong", "round trips of two host processes against the floor of the machine", 10 * time.Second, pingPong},
 	{"bench", "streams of two host processes against the floors of the machine, and against what is used instead", time.Second, bench},
+	{"streams", "a transfer over streams between two host processes that are killed at any moment", 6 * time.Second, streams},
 	{"fuzz", "all fuzzers, DURATION each", 3 * time.Second, fuzz},
 }
 
@@ -154,7 +158,7 @@ func run(ctx context.Context, args []string) int {
 			if names {
 				fmt.Println(c.name)
 			} else {
-				fmt.Printf("%-10s %s\n", c.name, c.what)
+				fmt.Printf("%-13s %s\n", c.name, c.what)
 			}
 		}
 		return 0
