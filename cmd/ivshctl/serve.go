@@ -20,9 +20,10 @@ func (p *program) serveCommand() *cli.Command {
 		Usage: "serve a link to guests of QEMU 10.1 or newer, and to host processes",
 		Description: `Runs in the foreground until it is interrupted; all peers connect to one
 socket. It must outlive its guests: QEMU does not connect again. A guest with
-the device must not be migrated: QEMU does not refuse, but leaves the device out. Arrivals and
-departures are logged on standard error, and on SIGUSR1 what the service uses.
-docs/link.md tells more about the kinds of peers, and about who may join.
+the device must not be migrated: QEMU does not refuse, but leaves the device
+out. Arrivals and departures are logged on standard error, and on SIGUSR1 what
+the service uses. docs/link.md tells more about the kinds of peers, and about
+who may join.
 
 Other forms of the device, for drivers and systems that need them, can be
 combined. --intx has a price under QEMU: it deviates from the specification
