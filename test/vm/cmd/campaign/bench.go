@@ -5,14 +5,10 @@ import (
 	"fmt"
 	"math"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
 	"time"
-
-	"github.com/ivshmem-go/ivshmem/test/vm"
 )
 
 // figures is what the floors and ivsh-pingpong print.
@@ -72,23 +68,11 @@ type bar struct {
 // instead: two processes on two CPUs, everything in turn, so that what the
 // machine does meanwhile hits all.
 func bench(ctx context.Context, r *Report) error {
-	if runtime.NumCPU() < 2 {
-		return fmt.Errorf("two CPUs are needed, found %d", runtime.NumCPU())
-	}
-	dir, err := os.MkdirTemp("", "ivshmem-campaign-")
+	floor, ours, done, err := buildBench(ctx)
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(dir)
-	floor := filepath.Join(dir, "floor")
-	source := filepath.Join(os.Getenv("IVSHMEM_SOURCE"), "test/floor/floor.c")
-	if text, err := exec.CommandContext(ctx, "cc", "-O2", "-Wall", "-Werror", "-o", floor, source).CombinedOutput(); err != nil {
-		return fmt.Errorf("compile the floor: %w\n%s", err, text)
-	}
-	ours, err := vm.HostBinary(ctx, "ivsh-pingpong")
-	if err != nil {
-		return err
-	}
+	defer done()
 	self, err := os.Executable()
 	if err != nil {
 		return err

@@ -28,23 +28,11 @@ type roundTrips struct {
 // pingPong runs the embedded default and the floor in turn, and compares them
 // pair by pair, so that what the machine does meanwhile hits both.
 func pingPong(ctx context.Context, r *Report) error {
-	if runtime.NumCPU() < 2 {
-		return fmt.Errorf("two CPUs are needed, found %d", runtime.NumCPU())
-	}
-	dir, err := os.MkdirTemp("", "ivshmem-campaign-")
+	floor, ours, done, err := buildBench(ctx)
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(dir)
-	floor := filepath.Join(dir, "floor")
-	source := filepath.Join(os.Getenv("IVSHMEM_SOURCE"), "test/floor/floor.c")
-	if text, err := exec.CommandContext(ctx, "cc", "-O2", "-Wall", "-Werror", "-o", floor, source).CombinedOutput(); err != nil {
-		return fmt.Errorf("compile the floor: %w\n%s", err, text)
-	}
-	ours, err := vm.HostBinary(ctx, "ivsh-pingpong")
-	if err != nil {
-		return err
-	}
+	defer done()
 	const pollCount, interruptCount = 200000, 10000
 	kinds := []struct {
 		name       string
@@ -97,6 +85,31 @@ func pingPong(ctx context.Context, r *Report) error {
 		r.info(k.name+" ratio, target", k.target)
 	}
 	return nil
+}
+
+// buildBench builds the floor, and ivsh-pingpong, for machines with a CPU for
+// each of two processes. Done removes the floor.
+func buildBench(ctx context.Context) (floor, ours string, done func(), err error) {
+	if runtime.NumCPU() < 2 {
+		return "", "", nil, fmt.Errorf("two CPUs are needed, found %d", runtime.NumCPU())
+	}
+	dir, err := os.MkdirTemp("", "ivshmem-campaign-")
+	if err != nil {
+		return "", "", nil, err
+	}
+	done = func() { os.RemoveAll(dir) }
+	floor = filepath.Join(dir, "floor")
+	source := filepath.Join(os.Getenv("IVSHMEM_SOURCE"), "test/floor/floor.c")
+	if text, cerr := exec.CommandContext(ctx, "cc", "-O2", "-Wall", "-Werror", "-o", floor, source).CombinedOutput(); cerr != nil {
+		err = fmt.Errorf("compile the floor: %w\n%s", cerr, text)
+	} else {
+		ours, err = vm.HostBinary(ctx, "ivsh-pingpong")
+	}
+	if err != nil {
+		done()
+		return "", "", nil, err
+	}
+	return floor, ours, done, nil
 }
 
 func median(v []float64) float64 {
