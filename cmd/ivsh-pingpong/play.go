@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"runtime/pprof"
 	"strings"
 	"time"
@@ -87,13 +88,19 @@ func (s *settings) playStreams(ctx context.Context, dev *ivshmem.Device, peer ui
 	return nil
 }
 
+// openDevice opens a device for the calling goroutine to play on.
 func openDevice(address string, poller bool) (*ivshmem.Device, error) {
-	sleep := ivshmem.SleepThread
 	if poller {
-		sleep = ivshmem.SleepPoller
+		return ivshmem.Open(address, ivshmem.WithSleep(ivshmem.SleepPoller))
 	}
-	return ivshmem.Open(address, ivshmem.WithSleep(sleep))
+	keepThread()
+	return ivshmem.Open(address, ivshmem.WithSleep(ivshmem.SleepThread))
 }
+
+// keepThread lets a goroutine that blocks in the kernel stay on its thread, as
+// waking another one costs more than the wait. One that Go's poller wakes would
+// pay for that.
+func keepThread() { runtime.LockOSThread() }
 
 // sectionRun is what a run over a section needs besides its task.
 type sectionRun struct {

@@ -118,6 +118,9 @@ func (o *workOrder) contestant() (*record, error) {
 		return nil, err
 	}
 	defer end.Close()
+	if c.Mode != compare.Poller {
+		keepThread()
+	}
 	stopProfile, err := o.startProfile(o.Side == 0)
 	if err != nil {
 		return nil, err

@@ -143,10 +143,9 @@ func Run(parent context.Context, dev *ivshmem.Device, peer uint32, c Config) (*R
 	}
 	ctx, cancel := context.WithCancelCause(parent)
 	defer cancel(nil)
+	// One call at the end of all waits, instead of one in each.
+	defer context.AfterFunc(ctx, dev.Recheck)()
 	go r.watch(ctx, cancel)
-	// The thread is kept, as waking another one costs more than the wait.
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
 	res := &Result{Mode: c.Mode, Role: "pong"}
 	if r.pinger || !c.Blind {
 		res.RTT = hdrhistogram.New(1, int64(longest), 3)
@@ -413,14 +412,14 @@ func (r *run) sleep(ctx context.Context, seq uint64) (uint64, error) {
 	// state changes do not share it, as on vector 0.
 	strict := v != 0 && r.dev.VectorsApart()
 	var got uint64
-	err := r.dev.Wait(ctx, r.vectors[i:i+1], func() bool {
+	err := r.dev.Wait(context.Background(), r.vectors[i:i+1], func() bool {
 		got = r.lanes.in.Load(0)
-		return got != r.last && (!strict || r.dev.Interrupts(v) >= due)
+		return got != r.last && (!strict || r.dev.Interrupts(v) >= due) || ctx.Err() != nil
 	})
+	if ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
 	if err != nil {
-		if ctx.Err() != nil {
-			err = context.Cause(ctx)
-		}
 		return 0, fmt.Errorf("waiting for message %d on vector %d: %w", seq, v, err)
 	}
 	return got, nil

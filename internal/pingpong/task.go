@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"runtime"
 	"time"
 
 	"github.com/HdrHistogram/hdrhistogram-go"
@@ -143,9 +142,6 @@ func LeadTask(link Link, t Task) (*Outcome, error) {
 	if err := t.Check(); err != nil {
 		return nil, err
 	}
-	// The thread is kept, as waking another one costs more than the wait.
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
 	l := &lead{Link: link, res: &Outcome{Task: t}, p: make([]byte, t.Size), p2: make([]byte, t.Size)}
 	return l.res, l.run()
 }
@@ -155,8 +151,6 @@ func FollowTask(link Link, t Task) error {
 	if err := t.Check(); err != nil {
 		return err
 	}
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
 	p := make([]byte, t.Size)
 	if t.Measure != Idle {
 		for seq := uint64(1); seq <= t.Warmup; seq++ {
