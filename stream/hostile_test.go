@@ -108,16 +108,16 @@ func TestHostileHeader(t *testing.T) {
 		{"no vector", 3, 1<<32 - 1, nil},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			ep, m, honest := triple(t, output, good)
+			b := newBoard(t, boardConfig{peers: 3, vectors: 2, output: output})
+			ep, honest := newEndpoint(t, b.device(t, 0), stream.Config{}), newEndpoint(t, b.device(t, 2), stream.Config{})
 			stop := echoes(t, ep, honest)
 			defer stop()
-			m.setState(0)
-			m.start()
+			m := newModel(t, b.device(t, 1), good)
+			m.prepare()
 			if c.word == 1 && c.value>>32 == 0 {
 				c.value |= uint64(m.epoch) << 32
 			}
 			store(m.own, 8*c.word, c.value)
-			m.setState(0) // so that it is met once more
 			m.setState(m.epoch)
 			wait := 30 * time.Second
 			if c.want == nil { // nobody answers

@@ -77,6 +77,13 @@ func (m *model) ringAt(slot uint32) uint64 { return m.slotAt(m.n) + m.r*uint64(s
 
 // start arrives, as somebody new.
 func (m *model) start() *model {
+	m.prepare()
+	m.setState(m.epoch)
+	return m
+}
+
+// prepare makes an area of which nobody was told yet.
+func (m *model) prepare() {
 	m.epoch = rand.Uint32N(1<<32-1) + 1
 	m.events = 0
 	store(m.own, 8, 0)
@@ -88,8 +95,6 @@ func (m *model) start() *model {
 	store(m.own, 24, m.vector)
 	store(m.own, 8, 1|uint64(m.epoch)<<32)
 	store(m.own, 0, 0x6D61657274737669)
-	m.setState(m.epoch)
-	return m
 }
 
 func log2(n uint64) int {
