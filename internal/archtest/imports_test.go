@@ -57,6 +57,10 @@ var rules = map[string]rule{
 		why: "the only chooser of a way; no service, no protocol"},
 	"stream": {own: []string{"", "regs", "shmem"}, others: []string{unix},
 		why: "a protocol knows a device, and not what carries it"},
+	"vnet": {own: []string{"", "regs", "shmem"},
+		why: "a protocol knows a device, and not what carries it"},
+	"vnet/tap": {own: []string{"vnet", "internal/evfd"}, others: []string{unix, "github.com/vishvananda/netlink"},
+		why: "between virtual Ethernet and the kernel's"},
 	"ivshmemtest": {own: []string{"", "link", "link/pcidev"}, others: []string{unix}, why: "for tests: the service and its peers in one process"},
 
 	"internal/filecopy": {why: "a protocol over any connection"},
@@ -64,7 +68,7 @@ var rules = map[string]rule{
 	"internal/compare":  {others: []string{unix}, why: "what a link is compared with is nothing of ours"},
 	"internal/pingpong": {own: []string{"", "shmem", "stream"}, others: []string{unix, "github.com/HdrHistogram/hdrhistogram-go"},
 		why: "a protocol never knows what carries it"},
-	"cmd/ivshctl": {own: []string{"", "regs", "shmem", "link", "link/pcidev", "link/ivshsock", "internal/sockpath", "stream", "internal/filecopy", "internal/relay", "internal/sysfs"}, others: []string{unix, "github.com/urfave/cli/v2"},
+	"cmd/ivshctl": {own: []string{"", "regs", "shmem", "link", "link/pcidev", "link/ivshsock", "internal/sockpath", "stream", "vnet", "vnet/tap", "internal/fdpass", "internal/filecopy", "internal/relay", "internal/sysfs"}, others: []string{unix, "github.com/urfave/cli/v2"},
 		why: "commands parse, call and print"},
 	"examples/http":   {own: []string{"", "stream"}, why: "what a user would write"},
 	"examples/rpc":    {own: []string{"", "stream"}, why: "what a user would write"},
@@ -127,6 +131,8 @@ var linked = []string{
 	"github.com/russross/blackfriday/v2", // of urfave/cli
 	"github.com/u-root/u-root",
 	"github.com/urfave/cli/v2",
+	"github.com/vishvananda/netlink",
+	"github.com/vishvananda/netns",
 	"github.com/xrash/smetrics", // of urfave/cli
 	"golang.org/x/sys",
 }

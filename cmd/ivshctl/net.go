@@ -1,0 +1,229 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/ivshmem-go/ivshmem"
+	"github.com/ivshmem-go/ivshmem/vnet"
+	"github.com/ivshmem-go/ivshmem/vnet/tap"
+)
+
+func (p *program) netCommand() *cli.Command {
+	return &cli.Command{
+		Name: "net", Usage: "virtual Ethernet with the other peer, as ivshmem-net has it",
+		Action: unknownCommand, OnUsageError: onUsageError,
+		Subcommands: []*cli.Command{p.netUpCommand(), p.netStatusCommand(), p.netDownCommand()},
+	}
+}
+
+func (p *program) netUpCommand() *cli.Command {
+	return command(0, &cli.Command{
+		Name: "up", Usage: "join the link to an interface of the kernel, until it is interrupted",
+		Description: `Makes a TAP interface, which ends with the command, or takes one that is there:
+without privileges an interface that root made for the user
+(ip tuntap add dev ivsh0 mode tap user USER). The interface has carrier while the
+peer runs; taken down, and changed in its MTU, the link follows. The MTU has to
+be that of the peer, which nothing checks.
+
+Example: ivshctl serve --protocol 1 --peers 2 --vectors 2 --rw 0 --output 1M
+         ivshctl net up --address 10.0.0.1/24`,
+		Flags: []cli.Flag{deviceFlag,
+			&cli.StringFlag{Name: "name", Usage: "`NAME` of the interface; %d is the first free number", Value: "ivsh%d"},
+			&cli.StringFlag{Name: "mac", Usage: "`ADDRESS` (default: a random one)"},
+			&cli.IntFlag{Name: "mtu", Usage: "largest `BYTES` after the header (default: what an interface that is there has; Linux's default for the link)"},
+			&cli.StringSliceFlag{Name: "address", Usage: "`IP/BITS`, any number of times"}},
+		Action: p.netUp,
+	})
+}
+
+func (p *program) netUp(c *cli.Context) (err error) {
+	config := tap.Config{Name: c.String("name"), MTU: c.Int("mtu")}
+	if s := c.String("mac"); s != "" {
+		if config.MAC, err = net.ParseMAC(s); err != nil || len(config.MAC) != 6 || config.MAC[0]&1 != 0 {
+			return usagef("--mac %q: expected a unicast address such as 02:00:00:00:00:01", s)
+		}
+	}
+	for _, s := range c.StringSlice("address") {
+		a, err := netip.ParsePrefix(s)
+		if err != nil {
+			return usagef("--address %q: expected an address such as 10.0.0.1/24", s)
+		}
+		config.Addresses = append(config.Addresses, a)
+	}
+	if config.MTU < 0 || config.MTU > tap.MaxMTU {
+		return usagef("--mtu %d: expected at most %d", config.MTU, tap.MaxMTU)
+	}
+	d, err := ivshmem.Open(c.String("device"))
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	link, err := vnet.Open(d, vnet.Config{MTU: config.MTU})
+	if err != nil {
+		return err
+	}
+	defer link.Close()
+	t, err := tap.Open(config)
+	if err != nil {
+		return err
+	}
+	defer t.Close()
+	ctx, cancel := context.WithCancel(c.Context)
+	defer cancel()
+	control, err := serveControl(t.Name(), func() any { return netStatusOf(link, t) }, cancel)
+	if err != nil {
+		return err
+	}
+	defer control.Close()
+	fmt.Fprintf(p.out, "ready %s\n", t.Name())
+	err = t.Run(ctx, link)
+	if errors.Is(err, context.Canceled) {
+		return nil
+	}
+	return err
+}
+
+// netStatus is what `net status` knows of an interface.
+type netStatus struct {
+	Interface string         `json:"interface"`
+	MAC       string         `json:"mac,omitempty"`
+	MTU       int            `json:"mtu"`
+	Addresses []netip.Prefix `json:"addresses,omitempty"`
+	Process   int            `json:"process"`
+	Device    string         `json:"device"`
+	Driver    string         `json:"driver"`
+	ID        uint32         `json:"id"`
+	Link      vnet.Stats     `json:"link"`
+	Frames    tap.Stats      `json:"interface_frames"`
+	Error     string         `json:"error,omitempty"`
+}
+
+func netStatusOf(link *vnet.Link, t *tap.Interface) *netStatus {
+	d := link.Device()
+	s := &netStatus{
+		Interface: t.Name(), MTU: link.MTU(), Process: os.Getpid(),
+		Device: d.Address(), Driver: d.Driver(), ID: d.ID(), Link: link.Stats(), Frames: t.Stats(),
+	}
+	a, err := t.Attributes()
+	if err == nil {
+		s.Interface, s.MAC = a.Name, a.HardwareAddr.String()
+		s.Addresses, err = t.Addresses()
+	}
+	if err != nil {
+		s.Error = err.Error()
+	}
+	return s
+}
+
+func (p *program) netStatusCommand() *cli.Command {
+	return command(1, &cli.Command{
+		Name: "status", Usage: "show the interfaces that `net up` runs in this network name space", ArgsUsage: "[INTERFACE]",
+		Flags: []cli.Flag{jsonFlag},
+		Action: func(c *cli.Context) error {
+			names, err := netNames(c)
+			if err != nil {
+				return err
+			}
+			all := []json.RawMessage{}
+			for _, name := range names {
+				b, err := askControl(name, "status")
+				if err != nil {
+					if c.NArg() == 0 {
+						continue // it has just ended
+					}
+					return err
+				}
+				all = append(all, b)
+			}
+			if c.Bool("json") {
+				return json.NewEncoder(p.out).Encode(all)
+			}
+			for i, b := range all {
+				var s netStatus
+				if err := json.Unmarshal(b, &s); err != nil {
+					return fmt.Errorf("status of %s: %w", names[i], err)
+				}
+				if i > 0 {
+					fmt.Fprintln(p.out)
+				}
+				s.print(p.out)
+			}
+			return nil
+		},
+	})
+}
+
+func (s *netStatus) print(out io.Writer) {
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	row := func(name, format string, args ...any) { fmt.Fprintf(w, "%s\t%s\n", name, fmt.Sprintf(format, args...)) }
+	carrier := "no carrier"
+	if s.Link.Carrier {
+		carrier = "carrier"
+	}
+	row(s.Interface, "%s, %s, MTU %d, process %d", carrier, s.MAC, s.MTU, s.Process)
+	if len(s.Addresses) > 0 {
+		var list []string
+		for _, a := range s.Addresses {
+			list = append(list, a.String())
+		}
+		row("  addresses", "%s", strings.Join(list, " "))
+	}
+	row("  device", "%s (%s), peer %d", s.Device, s.Driver, s.ID)
+	row("  states", "%v, the peer %v", s.Link.State, s.Link.PeerState)
+	sent, received := s.Link.Sent, s.Link.Received
+	row("  sent", "%d frames, %d bytes, %d doorbells", sent.Frames, sent.Bytes, sent.Doorbells)
+	row("  received", "%d frames, %d bytes, %d doorbells", received.Frames, received.Bytes, received.Doorbells)
+	f := s.Frames
+	if n := f.Truncated + f.NoCarrier + sent.Reset + sent.Lost; n > 0 {
+		row("  not sent", "%d: %d longer than the MTU, %d without carrier, %d in a reset", n, f.Truncated, f.NoCarrier, sent.Reset+sent.Lost)
+	}
+	if n := received.Dropped() + f.Down + f.Refused; n > 0 {
+		row("  not received", "%d: %d with a bad descriptor, %d while down, %d refused by the kernel", n, received.Dropped(), f.Down, f.Refused)
+	}
+	if r := s.Link.Resets; r != (vnet.ResetStats{}) {
+		row("  resets", "%d by the peer, %d by taking it down, %d because of a violation", r.Peer, r.Down, r.Violation)
+	}
+	if s.Link.LastViolation != "" {
+		row("  last violation", "%s", s.Link.LastViolation)
+	}
+	if s.Error != "" {
+		row("  error", "%s", s.Error)
+	}
+	w.Flush()
+}
+
+func (p *program) netDownCommand() *cli.Command {
+	return command(1, &cli.Command{
+		Name: "down", Usage: "end a `net up`: yours, or any for root", ArgsUsage: "[INTERFACE]",
+		Action: func(c *cli.Context) error {
+			names, err := netNames(c)
+			if err != nil {
+				return err
+			}
+			if len(names) != 1 {
+				return usagef("net down: expected INTERFACE, one of %s", strings.Join(names, ", "))
+			}
+			_, err = askControl(names[0], "down")
+			return err
+		},
+	})
+}
+
+// netNames is the interface that is named, or all of them.
+func netNames(c *cli.Context) ([]string, error) {
+	if c.NArg() == 1 {
+		return []string{c.Args().First()}, nil
+	}
+	return controlled()
+}
