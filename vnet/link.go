@@ -39,7 +39,8 @@ type Link struct {
 	mu sync.Mutex
 	// Below: with mu held.
 	err           error // why nothing works any more
-	machine       machine
+	state, seen   State // own, and the peer's when it was last looked at
+	up            bool
 	changed       chan struct{} // closed at the next change of the carrier
 	resets        ResetStats
 	violations    ViolationStats
@@ -60,7 +61,7 @@ const (
 // refused with [ErrUnsuitable], too small ones with a *[SizeError], an MTU that
 // does not fit with a *[MTUError].
 func Open(dev *ivshmem.Device, config Config) (*Link, error) {
-	l := &Link{dev: dev, peer: 1 - dev.ID(), machine: machine{up: true}, changed: make(chan struct{})}
+	l := &Link{dev: dev, peer: 1 - dev.ID(), up: true, changed: make(chan struct{})}
 	if err := l.open(config); err != nil {
 		return nil, fmt.Errorf("virtual Ethernet over %s: %w", dev.Address(), err)
 	}
@@ -174,17 +175,16 @@ func (l *Link) Carrier() bool { return l.carrier.Load() }
 // Up brings the interface up. It is after Open.
 func (l *Link) Up() error {
 	return l.change(func() {
-		if !l.machine.up && l.machine.raise() {
-			l.act()
-		}
+		l.up = true
+		l.follow()
 	})
 }
 
 // Down takes the interface down: the link is reset, and stays READY until Up.
 func (l *Link) Down() error {
 	return l.change(func() {
-		if l.machine.up {
-			l.machine.up = false
+		if l.up {
+			l.up = false
 			l.resets.Down++
 			l.reset()
 		}
@@ -223,7 +223,7 @@ func (l *Link) fail(err error) {
 		return
 	}
 	l.err = err
-	l.machine.state = StateReset
+	l.state = StateReset
 	l.stop()
 	l.tx.mu.Lock()
 	l.tx.err = err
@@ -236,42 +236,54 @@ func (l *Link) fail(err error) {
 	close(l.changed)
 }
 
-// look takes a change of the peer's state over.
+// look takes over what the peer's state is.
 func (l *Link) look() {
 	l.mu.Lock()
-	before := l.machine.state
-	l.lookLocked()
-	moved := l.machine.state != before || l.err != nil
+	before := l.state
+	l.follow()
+	moved := l.state != before || l.err != nil
 	l.mu.Unlock()
 	if moved {
 		l.dev.Recheck()
 	}
 }
 
-func (l *Link) lookLocked() {
-	if l.err != nil {
-		return
-	}
-	v, err := l.load()
-	if err != nil {
-		l.fail(err)
-		return
-	}
-	if l.machine.see(State(v)) {
-		if l.machine.state == StateReset {
+// stepsPerLook is more than a peer that behaves can make this side go.
+const stepsPerLook = 8
+
+// follow goes where the peer's state says, step by step, until there is no step
+// to make. Linux makes one step for each change that it sees, and so two peers
+// may wait for each other for ever: a change to and fro may look like none.
+// The caller holds mu.
+func (l *Link) follow() {
+	for range stepsPerLook {
+		if l.err != nil {
+			return
+		}
+		v, err := l.load()
+		if err != nil {
+			l.fail(err)
+			return
+		}
+		l.seen = State(v)
+		next := l.state.next(l.seen, l.up)
+		if next == l.state {
+			if next == StateRun && l.seen == StateRun {
+				l.setCarrier(true)
+			}
+			return
+		}
+		if next == StateReset {
 			l.resets.Peer++
 		}
-		l.act()
+		l.enter(next)
 	}
-	if l.err == nil && l.machine.state == StateRun && State(v) == StateRun {
-		l.setCarrier(true)
-	}
+	l.unsettled() // the peer goes to and fro: others have their turn
 }
 
-// act does what goes with the state that the machine moved to, and tells the
-// peer. The caller holds mu.
-func (l *Link) act() {
-	switch l.machine.state {
+// enter goes to a state. The caller holds mu.
+func (l *Link) enter(s State) {
+	switch s {
 	case StateReset:
 		l.stop()
 	case StateReady:
@@ -279,16 +291,16 @@ func (l *Link) act() {
 	case StateRun:
 		l.start()
 	}
-	if err := l.dev.SetState(uint32(l.machine.state)); err != nil {
+	l.state = s
+	if err := l.dev.SetState(uint32(s)); err != nil {
 		l.fail(err)
 	}
 }
 
 // reset goes to RESET without being asked to by the peer. The caller holds mu.
 func (l *Link) reset() {
-	l.machine.reset()
-	l.act()
-	l.lookLocked()
+	l.enter(StateReset)
+	l.follow()
 }
 
 // stop makes sure that nobody touches the queues, until start. The caller holds

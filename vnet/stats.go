@@ -73,7 +73,7 @@ type ViolationStats struct {
 func (l *Link) Stats() Stats {
 	l.mu.Lock()
 	s := Stats{
-		State: l.machine.state, PeerState: State(l.machine.seen), Up: l.machine.up, Carrier: l.carrier.Load(),
+		State: l.state, PeerState: l.seen, Up: l.up, Carrier: l.carrier.Load(),
 		Resets: l.resets, Violations: l.violations, WakeUps: l.wakeUps.Load(), LastViolation: l.lastViolation,
 	}
 	l.mu.Unlock()

@@ -75,6 +75,12 @@ func (w *waiting) ask() bool {
 	return due
 }
 
+// unsettled says that the state has to be looked at whatever happens.
+func (w *waiting) unsettled() {
+	w.looked.Store(^uint64(0))
+	w.seen.Store(^uint64(0))
+}
+
 // load loads the peer's state.
 func (w *waiting) load() (uint32, error) {
 	w.looked.Store(w.link.dev.Interrupts(0)) // what comes from here on is due

@@ -14,6 +14,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"runtime"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -45,6 +46,9 @@ Example: ivsh-pingpong --mode interrupt --count 10000 --device /run/link0
          ivsh-pingpong --compare --over section,messages --repeat 5 --duration 1s`
 
 func main() {
+	// A thread that sleeps for an interrupt keeps what runs Go code for a
+	// moment, if there is more of that. A process on one CPU has one.
+	runtime.GOMAXPROCS(max(2, runtime.GOMAXPROCS(0)))
 	if job := os.Getenv(jobVariable); job != "" {
 		if err := work(job); err != nil {
 			fmt.Fprintf(os.Stderr, "ivsh-pingpong: %v\n", err)

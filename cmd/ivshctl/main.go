@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"runtime"
 
 	"github.com/urfave/cli/v2"
 	"golang.org/x/sys/unix"
@@ -48,6 +49,9 @@ type usageError struct{ error }
 func usagef(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
 
 func main() {
+	// A thread that sleeps for an interrupt keeps what runs Go code for a
+	// moment. On a machine with one CPU there has to be more of that.
+	runtime.GOMAXPROCS(max(4, runtime.GOMAXPROCS(0)))
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 	p := &program{in: os.Stdin, out: os.Stdout, err: os.Stderr}
 	code := p.run(ctx, os.Args)

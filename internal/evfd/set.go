@@ -3,6 +3,7 @@ package evfd
 import (
 	"fmt"
 	"os"
+	"runtime"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -78,6 +79,7 @@ func NewSet() (*Set, error) {
 	if err != nil {
 		return nil, fmt.Errorf("create epoll: %w", err)
 	}
+	procs.Store(int32(runtime.GOMAXPROCS(0)))
 	s := &Set{epfd: epfd}
 	// An epoll descriptor is pollable itself, which is how the whole set
 	// gets into Go's poller as one descriptor.
@@ -133,12 +135,20 @@ func (s *Set) Wait(how Sleep) ([]unix.EpollEvent, error) {
 // Otherwise the scheduler takes that away after 20 us, in a thread of its own
 // that has to be woken each time: half the time of a round trip, where the
 // process has one CPU.
+// It does so only while something is left for others to run Go code with.
 func (s *Set) block() ([]unix.EpollEvent, error) {
 	if s.soon {
-		if n, err := waitBriefly(s.epfd, s.ev[:]); n != 0 || err != nil {
+		var n int
+		var err error
+		tried := keeping.Add(1) < procs.Load()
+		if tried {
+			n, err = waitBriefly(s.epfd, s.ev[:])
+		}
+		keeping.Add(-1)
+		if n != 0 || err != nil {
 			return s.ev[:max(n, 0)], err
 		}
-		s.soon = false
+		s.soon = !tried
 	}
 	start := time.Now()
 	n, err := Wait(s.epfd, s.ev[:], -1)
@@ -149,6 +159,11 @@ func (s *Set) block() ([]unix.EpollEvent, error) {
 // brief is how long that may take: others who want to run Go code may have to
 // wait as long.
 const brief = 200 * time.Microsecond
+
+var (
+	keeping atomic.Int32 // threads that sleep so
+	procs   atomic.Int32 // GOMAXPROCS, when the last set was made
+)
 
 // waitBriefly is Wait for at most that long. A signal ends it: the runtime
 // stops threads by one, which may then stop at the return.

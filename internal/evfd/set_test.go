@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -211,5 +212,31 @@ func TestSetClose(t *testing.T) {
 				t.Fatalf("%s: wait after Close: %v, want os.ErrClosed", name, err)
 			}
 		}
+	}
+}
+
+// TestSleepLeavesOthers has a thread sleep until it is woken by a goroutine
+// which needs what the thread might keep for 200 us. It does so only after a
+// sleep that was brief, so at least every other one would take as long.
+func TestSleepLeavesOthers(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
+	fd := eventfd(t)
+	s := set(t, fd)
+	var pairs []time.Duration
+	last := time.Hour
+	for range 1000 {
+		go evfd.Signal(fd)
+		begin := time.Now()
+		if _, err := s.Wait(evfd.SleepThread); err != nil {
+			t.Fatal(err)
+		}
+		took := time.Since(begin)
+		pairs = append(pairs, last+took)
+		last = took
+		evfd.Drain(fd)
+	}
+	// Now and then the signal is there first.
+	if slices.Sort(pairs); pairs[100] >= 200*time.Microsecond {
+		t.Errorf("two sleeps in turn take %v at least", pairs[100])
 	}
 }
