@@ -3,6 +3,7 @@ package ivshmem
 import (
 	"errors"
 	"fmt"
+	"runtime"
 	"sync"
 	"sync/atomic"
 
@@ -208,6 +209,18 @@ func (d *Device) Sections() *shmem.Sections { return d.back.Sections() }
 // data in output sections uses the R/W section then. It is the same for all
 // peers, also for host processes, which have all of the memory mapped.
 func (d *Device) InputsTrap() bool { return d.strict }
+
+// PlainMemory reports whether the sections are memory like any other, which the
+// kernel may read a file into, say. Otherwise they are device memory, as a BAR
+// that arm64 maps through VFIO or sysfs, which unaligned accesses fault on: only
+// the methods of the sections may be used.
+func (d *Device) PlainMemory() bool {
+	switch d.back.Driver() {
+	case "vfio-user", "uio_ivshmem":
+		return true
+	}
+	return runtime.GOARCH != "arm64"
+}
 
 // OneShot reports whether the handle uses one-shot interrupt mode.
 func (d *Device) OneShot() bool { return d.wait.oneShot }

@@ -35,12 +35,13 @@ type receiver struct {
 	// Below: with mu held.
 	err     error // why nothing works any more
 	running bool
-	session uint32 // how often the queue was made empty
-	next    uint16 // index of the frame whose turn it is; those before were returned
-	limit   uint16 // the peer's index, as last seen
-	held    bool   // by the caller of UnsafePeek
-	frame   frame  // what is held
-	waiting uint32 // session in which the caller of UnsafePeek got it
+	session uint32  // how often the queue was made empty
+	next    uint16  // index of the frame whose turn it is; those before were returned
+	limit   uint16  // the peer's index, as last seen
+	held    bool    // by the caller of UnsafePeek
+	frame   frame   // what is held
+	waiting uint32  // session in which the caller of UnsafePeek got it
+	ahead   []frame // held besides, behind it
 	stats   ReceiveStats
 }
 

@@ -50,7 +50,7 @@ type ReceiveStats struct {
 }
 
 // Dropped is the number of frames that were not delivered.
-func (s *ReceiveStats) Dropped() uint64 {
+func (s ReceiveStats) Dropped() uint64 {
 	return s.Index + s.Flags + s.Address + s.Length + s.Short + s.ShortBuffer + s.Reset
 }
 

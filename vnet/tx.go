@@ -41,7 +41,8 @@ type sender struct {
 	tail     uint64 // where the oldest one is
 	at       []uint64
 	reserved bool
-	position uint64 // of what is reserved
+	position uint64   // of what is reserved
+	more     []uint64 // the same, where it is several
 	// What is waited for: an index to be passed, in a session.
 	event, asleep uint16
 	waiting       uint32

@@ -3,7 +3,6 @@ package vnet_test
 import (
 	"bytes"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -422,6 +421,7 @@ func TestLongFrame(t *testing.T) {
 // checked is what is used.
 func TestFlippingDescriptor(t *testing.T) {
 	l, r := against(t, 0x4000, vnet.Config{})
+	r.describe(3, r.header, 60, 0)
 	stop := make(chan struct{})
 	flipped := make(chan struct{})
 	go func() {
@@ -440,8 +440,7 @@ func TestFlippingDescriptor(t *testing.T) {
 		}
 	}()
 	p := make([]byte, vnet.MaxFrame)
-	binary.LittleEndian.PutUint64(r.own[16*3:], r.header)
-	for range 3000 {
+	for s := l.Stats().Received; s.Frames < 3000 || s.Length < 100; s = l.Stats().Received {
 		r.publish(3)
 		if n, err := l.Receive(canceled(), p); err == nil && n != 60 {
 			t.Fatal(n)
@@ -449,7 +448,7 @@ func TestFlippingDescriptor(t *testing.T) {
 	}
 	close(stop)
 	<-flipped
-	if s := l.Stats().Received; s.Frames+s.Length != 3000 || s.Frames == 0 || s.Length == 0 {
+	if s := l.Stats().Received; s.Frames+s.Length != r.sent || s.Bytes != 60*s.Frames {
 		t.Errorf("%+v", s)
 	}
 }

@@ -138,12 +138,15 @@ func (t *Interface) over(err error) error {
 
 // send moves frames from the interface to the link.
 func (t *Interface) send(ctx context.Context, link *vnet.Link) error {
+	slots := slotsOf(link)
+	in := newSplitter(t.fd)
 	unflushed := 0
 	for {
-		p, err := link.UnsafeReserve(ctx)
+		n, err := slots.reserve(ctx, in.frames[:in.wanted()])
 		switch {
 		case err == nil:
 		case errors.Is(err, vnet.ErrNoCarrier):
+			in.rest = nil
 			if err := t.discard(); err != nil {
 				return err
 			}
@@ -156,7 +159,7 @@ func (t *Interface) send(ctx context.Context, link *vnet.Link) error {
 		default:
 			return err
 		}
-		n, err := unix.Read(t.fd, p)
+		lengths, err := in.next(n)
 		switch {
 		case err == unix.EAGAIN:
 			link.Flush()
@@ -165,21 +168,24 @@ func (t *Interface) send(ctx context.Context, link *vnet.Link) error {
 				return errors.Join(err, context.Cause(ctx))
 			}
 			continue
-		case err == unix.EINTR:
+		case err == errTruncated:
+			t.stats.truncated.Add(1)
 			continue
 		case err != nil:
 			return t.over(err)
-		case truncated(p, n):
+		case len(lengths) == 1 && truncated(in.frames[0], lengths[0]):
 			t.stats.truncated.Add(1)
 			continue
 		}
-		switch err := link.UnsafeCommit(n); {
+		switch err := slots.commit(ctx, in.frames[:len(lengths)], lengths); {
 		case err == nil:
-			t.stats.sent.Add(1)
+			t.stats.sent.Add(uint64(len(lengths)))
+		case errors.Is(err, vnet.ErrNoCarrier):
+			t.stats.noCarrier.Add(uint64(len(lengths)))
 		case !recovers(err):
 			return err
 		}
-		if unflushed++; unflushed == flushEvery {
+		if unflushed += len(lengths); unflushed >= flushEvery {
 			link.Flush()
 			unflushed = 0
 		}
@@ -229,8 +235,23 @@ func (t *Interface) discard() error {
 
 // receive moves frames from the link to the interface.
 func (t *Interface) receive(ctx context.Context, link *vnet.Link) error {
-	for {
-		p, err := link.UnsafePeek(ctx)
+	slots := slotsOf(link)
+	var failed error
+	out := newMerger(t.fd, func(n int, err error) {
+		switch err {
+		case nil:
+			t.stats.received.Add(uint64(n))
+		case unix.EIO:
+			t.stats.down.Add(uint64(n))
+		case unix.EBADFD:
+			failed = t.over(err)
+		default: // frames that it does not understand, or no memory
+			t.stats.refused.Add(uint64(n))
+		}
+	})
+	frames := make([][]byte, maxFrames)
+	for failed == nil {
+		n, err := slots.peek(ctx, frames)
 		switch {
 		case err == nil:
 		case recovers(err):
@@ -238,24 +259,10 @@ func (t *Interface) receive(ctx context.Context, link *vnet.Link) error {
 		default:
 			return err
 		}
-		for {
-			_, err = unix.Write(t.fd, p)
-			if err != unix.EINTR {
-				break
-			}
-		}
-		switch err {
-		case nil:
-			t.stats.received.Add(1)
-		case unix.EIO:
-			t.stats.down.Add(1)
-		case unix.EBADFD:
-			return t.over(err)
-		default: // a frame that it does not understand, or no memory
-			t.stats.refused.Add(1)
-		}
-		if err := link.UnsafeRelease(); err != nil && !recovers(err) {
+		out.write(frames[:n])
+		if err := slots.release(n); err != nil && !recovers(err) {
 			return err
 		}
 	}
+	return failed
 }

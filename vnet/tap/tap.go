@@ -121,7 +121,7 @@ func (t *Interface) attach(name string) (err error) {
 	if err != nil {
 		return fmt.Errorf("interface name %q: expected 1 to 15 characters: %w", name, err)
 	}
-	req.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI)
+	req.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
 	switch err := unix.IoctlIfreq(t.fd, unix.TUNSETIFF, req); err {
 	case nil:
 	case unix.EPERM:
@@ -134,6 +134,13 @@ func (t *Interface) attach(name string) (err error) {
 		return fmt.Errorf("interface %s: %w", name, err)
 	}
 	t.name = req.Name()
+	// What others may have left there, and what the kernel may leave to us.
+	if err := unix.IoctlSetPointerInt(t.fd, unix.TUNSETVNETHDRSZ, vnetLen); err != nil {
+		return fmt.Errorf("interface %s: headers of %d bytes: %w", t.name, vnetLen, err)
+	}
+	if err := unix.IoctlSetInt(t.fd, unix.TUNSETOFFLOAD, unix.TUN_F_CSUM|unix.TUN_F_TSO4|unix.TUN_F_TSO6|unix.TUN_F_TSO_ECN); err != nil {
+		return fmt.Errorf("interface %s: offloads: %w", t.name, err)
+	}
 	// No carrier before there is a peer. Kernels before 4.20 do without.
 	t.setCarrier(false)
 	return nil

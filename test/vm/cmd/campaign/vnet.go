@@ -128,7 +128,7 @@ mkdir -p /run/sshd /root/.ssh /etc/ssh
 ssh-keygen -q -t ed25519 -N '' -f /root/key
 chmod -R go-rwx /root
 ssh-keygen -q -t ed25519 -N '' -f /etc/ssh/ssh_host_ed25519_key
-/usr/sbin/sshd -f /dev/null -o UsePAM=no
+/usr/sbin/sshd -f /dev/null -o UsePAM=no -o 'Subsystem=sftp internal-sftp'
 iperf3 -s -D`)
 	return err
 }
