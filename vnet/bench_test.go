@@ -1,6 +1,7 @@
 package vnet_test
 
 import (
+	"context"
 	"fmt"
 	"testing"
 
@@ -77,7 +78,7 @@ func BenchmarkFrames(b *testing.B) {
 // sleep.
 func BenchmarkRoundTrip(b *testing.B) {
 	l := pair(b, 1<<20, vnet.Config{MTU: 1500})
-	ctx := b.Context()
+	ctx := context.Background()
 	done := make(chan error, 1)
 	n := b.N
 	go func() {

@@ -3,7 +3,10 @@ package vnet
 import (
 	"encoding/binary"
 	"errors"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"unsafe"
 
 	"github.com/ivshmem-go/ivshmem/shmem"
 )
@@ -163,5 +166,49 @@ func TestBudget(t *testing.T) {
 	}
 	if _, err := r.peek(); err != errBudget || r.stats.Dropped() != budget {
 		t.Errorf("%v after %d frames", err, r.stats.Dropped())
+	}
+}
+
+// TestDescriptorIsReadOnce changes a descriptor all the time between one that is
+// right and one that is not. What is returned is never a bit of both.
+func TestDescriptorIsReadOnce(t *testing.T) {
+	own, peer, bytes := sections(t)
+	g, err := NewGeometry(0x1000)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := receiver{queue: g.queue(), own: own, peer: peer, header: g.Header, output: g.Output}
+	view, err := peer.View(0, 512)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.descriptors, err = view.Words(); err != nil {
+		t.Fatal(err)
+	}
+	right := [2]uint64{0x700, 60}
+	wrong := [2]uint64{0x10, 1<<32 | 4000}
+	var stop atomic.Bool
+	var flipper sync.WaitGroup
+	flipper.Go(func() {
+		for !stop.Load() {
+			for _, d := range [][2]uint64{wrong, right} {
+				for i, w := range d {
+					atomic.StoreUint64((*uint64)(unsafe.Pointer(&bytes[8*i])), w)
+				}
+				for range 5 {
+					shmem.Pause()
+				}
+			}
+		}
+	})
+	defer flipper.Wait()
+	defer stop.Store(true)
+	accepted, refused := 0, 0
+	for accepted < 100_000 || refused < 100_000 {
+		if f, cause := r.read(); cause != nil {
+			refused++
+		} else if accepted++; f.at != 0x700 || f.length != 60 {
+			t.Fatalf("%d bytes at %#x", f.length, f.at)
+		}
 	}
 }

@@ -105,11 +105,14 @@ func TestUpAndDown(t *testing.T) {
 // TestRestart closes one end, and opens another in its place.
 func TestRestart(t *testing.T) {
 	path := ivshmemtest.Serve(t, config(0x10000))
-	device := func() *ivshmem.Device {
-		d, err := ivshmem.Open(path)
-		if err != nil {
-			t.Fatal(err)
-		}
+	device := func() (d *ivshmem.Device) {
+		until(t, "a free peer ID", func() bool {
+			var err error
+			if d, err = ivshmem.Open(path); err != nil && !errors.Is(err, ivshmem.ErrBusy) {
+				t.Fatal(err)
+			}
+			return err == nil
+		})
 		t.Cleanup(func() { d.Close() })
 		return d
 	}
@@ -311,6 +314,30 @@ func TestUnknownStates(t *testing.T) {
 	r.start()
 	carrier(t, true, l)
 	works(t, l, r)
+}
+
+// TestFlappingPeer has the peer's state change at each look, for so long that the
+// link lets others have their turn, and then no more, without an interrupt.
+func TestFlappingPeer(t *testing.T) {
+	b := newBoard(t, 0x4000, 2)
+	d := b.device(t, 0, apart)
+	states := []uint32{0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1}
+	var mu sync.Mutex
+	b.peers[0].script = func() uint32 {
+		mu.Lock()
+		defer mu.Unlock()
+		if len(states) == 0 {
+			return 3
+		}
+		s := states[0]
+		states = states[1:]
+		return s
+	}
+	l := open(t, d, vnet.Config{})
+	carrier(t, true, l)
+	if s := l.Stats(); s.Resets.Peer != 4 {
+		t.Errorf("%+v", s)
+	}
 }
 
 func TestStatsJSON(t *testing.T) {

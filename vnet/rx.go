@@ -74,12 +74,8 @@ func (r *receiver) peek() (frame, error) {
 			}
 		}
 		if r.next == r.limit {
-			r.own.Store32(r.availEvent, uint32(r.next)) // a full barrier
-			if err := r.look(); err != nil {
-				return frame{}, err
-			}
-		}
-		if r.next == r.limit {
+			// A full barrier. Who waits now looks again first: see ready.
+			r.own.Store32(r.availEvent, uint32(r.next))
 			return frame{}, errEmpty
 		}
 		f, cause := r.read()

@@ -95,41 +95,27 @@ func (t *sender) reserve() error {
 		}
 	}
 	var ok bool
-	for {
-		if t.position, ok = t.place(); ok {
-			return nil
-		}
-		before := t.done
-		if err := t.reclaim(); err != nil {
-			return err
-		}
-		if t.done == before {
-			break
-		}
+	if t.position, ok = t.place(); ok {
+		return nil
+	}
+	if err := t.reclaim(); err != nil {
+		return err
+	}
+	if t.position, ok = t.place(); ok {
+		return nil
 	}
 	t.flush()
-	return t.arm()
+	t.arm()
+	return errFull
 }
 
-// arm asks for a doorbell when half of what is outstanding came back, and looks
-// again: it may have just done so.
-func (t *sender) arm() error {
-	for {
-		t.event = t.done + (t.outstanding()-1)/2
-		t.own.Store32(t.usedEvent, uint32(t.event)) // a full barrier
-		if err := t.reclaim(); err != nil {
-			return err
-		}
-		var ok bool
-		if t.position, ok = t.place(); ok {
-			return nil
-		}
-		if int16(t.done-t.event) <= 0 {
-			t.asleep, t.waiting = t.done, t.session
-			t.stats.Waits++
-			return errFull
-		}
-	}
+// arm asks for a doorbell when half of what is outstanding came back. Who waits
+// now looks again first: see ready.
+func (t *sender) arm() {
+	t.event = t.done + (t.outstanding()-1)/2
+	t.asleep, t.waiting = t.done, t.session
+	t.own.Store32(t.usedEvent, uint32(t.event)) // a full barrier
+	t.stats.Waits++
 }
 
 // ready reports whether who waits for room has to look again.

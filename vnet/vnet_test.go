@@ -59,19 +59,3 @@ func frame(n, number int) []byte {
 	copy(p, fmt.Sprintf("%012d", number))
 	return p
 }
-
-func TestSlice(t *testing.T) {
-	l := pair(t, 0x4000, vnet.Config{})
-	p := make([]byte, vnet.MaxFrame)
-	for i := range 2000 {
-		f := frame(60+i%300, i)
-		if err := l[0].Send(t.Context(), f); err != nil {
-			t.Fatal(err)
-		}
-		n, err := l[1].Receive(t.Context(), p)
-		if err != nil || !bytes.Equal(p[:n], f) {
-			t.Fatal(i, n, err)
-		}
-	}
-	t.Logf("%+v", l[0].Stats())
-}

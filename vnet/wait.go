@@ -17,7 +17,7 @@ const (
 	// finding out whether there is a device at all, may cost as much as a sleep.
 	pollsPerLook = 16
 	// vacancy is how long nobody may wait for interrupts before the caretaker does.
-	vacancy = 10 * time.Millisecond
+	vacancy = 100 * time.Millisecond
 )
 
 // waiting is how a link waits. Whoever waits, for a frame or for room, looks at

@@ -42,9 +42,21 @@ func transfer(t *testing.T, l [2]*vnet.Link, frames int) {
 						n++
 					}
 					from.Flush()
-				case batch < 20:
+				case batch < 15:
 					err = from.Send(ctx, frame(size(n), n))
 					n++
+				case batch < 20:
+					var slots [7][]byte
+					var k int
+					if k, err = from.UnsafeReserveAll(ctx, slots[:1+batch%7]); err == nil {
+						lengths := make([]int, min(k, frames-n))
+						for i := range lengths {
+							lengths[i] = copy(slots[i], frame(size(n+i), n+i))
+						}
+						err = from.UnsafeCommitAll(lengths)
+						n += len(lengths)
+						from.Flush()
+					}
 				default:
 					var list [][]byte
 					for range min(batch, frames-n) {
@@ -65,24 +77,42 @@ func transfer(t *testing.T, l [2]*vnet.Link, frames int) {
 		all.Go(func() {
 			random := rand.New(rand.NewPCG(4, uint64(i)))
 			p := make([]byte, vnet.MaxFrame)
-			for n := range frames {
-				var got []byte
+			for n := 0; n < frames; {
+				var got [][]byte
 				var err error
-				if random.IntN(2) == 0 {
+				switch random.IntN(3) {
+				case 0:
 					var k int
 					k, err = to.Receive(ctx, p)
-					got = p[:k]
-				} else if got, err = to.UnsafePeek(ctx); err == nil {
-					got = bytes.Clone(got)
-					err = to.UnsafeRelease()
+					got = [][]byte{p[:k]}
+				case 1:
+					var f []byte
+					if f, err = to.UnsafePeek(ctx); err == nil {
+						got = [][]byte{bytes.Clone(f)}
+						err = to.UnsafeRelease()
+					}
+				case 2:
+					var k int
+					var list [9][]byte
+					if k, err = to.UnsafePeekAll(ctx, list[:]); err == nil {
+						for _, f := range list[:k] {
+							got = append(got, bytes.Clone(f))
+						}
+						k = 1 + random.IntN(k) // the rest once more
+						got = got[:k]
+						err = to.UnsafeReleaseAll(k)
+					}
 				}
 				if err != nil {
 					t.Errorf("receive %d: %v: %+v", n, err, to.Stats())
 					return
 				}
-				if !bytes.Equal(got, frame(size(n), n)) {
-					t.Errorf("frame %d: not what was sent", n)
-					return
+				for _, f := range got {
+					if !bytes.Equal(f, frame(size(n), n)) {
+						t.Errorf("frame %d: not what was sent", n)
+						return
+					}
+					n++
 				}
 				if random.IntN(300) == 0 {
 					time.Sleep(time.Duration(random.IntN(300)) * time.Microsecond)

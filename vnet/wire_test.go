@@ -341,6 +341,8 @@ func TestDescriptors(t *testing.T) {
 		{"next", 5, H, 60, 1, func(s *vnet.ReceiveStats) uint64 { return s.Flags }},
 		{"write", 5, H, 60, 2, func(s *vnet.ReceiveStats) uint64 { return s.Flags }},
 		{"indirect", 5, H, 60, 4, func(s *vnet.ReceiveStats) uint64 { return s.Flags }},
+		{"flag 8", 5, H, 60, 1 << 8, func(s *vnet.ReceiveStats) uint64 { return s.Flags }},
+		{"flag 15", 5, H, 60, 1 << 15, func(s *vnet.ReceiveStats) uint64 { return s.Flags }},
 		{"all flags", 5, H, 60, 65535, func(s *vnet.ReceiveStats) uint64 { return s.Flags }},
 		{"address 0", 5, 0, 60, 0, func(s *vnet.ReceiveStats) uint64 { return s.Address }},
 		{"before the data", 5, H - 1, 60, 0, func(s *vnet.ReceiveStats) uint64 { return s.Address }},

@@ -125,10 +125,12 @@ func (s *splitter) read() (int, error) {
 	return total - vnetLen, err
 }
 
-// transfer is readv(2) or writev(2), which do not block.
+// transfer is readv(2) or writev(2). They do not block, so the scheduler need not
+// know: it would take away what runs Go code after 20 us, which long pieces
+// take.
 func transfer(call uintptr, fd int, iovs []unix.Iovec) (int, error) {
 	for {
-		n, _, errno := unix.Syscall(call, uintptr(fd), uintptr(unsafe.Pointer(&iovs[0])), uintptr(len(iovs)))
+		n, _, errno := unix.RawSyscall(call, uintptr(fd), uintptr(unsafe.Pointer(&iovs[0])), uintptr(len(iovs)))
 		switch errno {
 		case 0:
 			return int(n), nil
