@@ -101,7 +101,7 @@ func (ws *waiters) init(d *Device, o options) error {
 		return err
 	}
 	ws.kick = kick
-	if ws.set, err = evfd.NewSet(); err != nil {
+	if ws.set, err = evfd.NewSet(ws.sleep); err != nil {
 		return err
 	}
 	if err := ws.set.Add(ws.kick, unix.EPOLLIN, tagKick); err != nil {
@@ -275,7 +275,7 @@ func (ws *waiters) lead(ctx context.Context, own *waiter) error {
 		if done {
 			return err
 		}
-		events, err := ws.set.Wait(ws.sleep)
+		events, err := ws.set.Wait()
 		if err != nil {
 			return ws.fail(own, err)
 		}

@@ -274,6 +274,23 @@ func TestStateTableIsLeftAlone(t *testing.T) {
 	}
 }
 
+// TestCaretaker has the caretaker leave while somebody waits, so that the kernel
+// wakes that one itself, and come back.
+func TestCaretaker(t *testing.T) {
+	l, r := against(t, 0x4000, vnet.Config{})
+	p := make([]byte, vnet.MaxFrame)
+	for i := range 3 {
+		until(t, "the caretaker comes", l.Caretaking)
+		got := make(chan error)
+		go func() { _, err := l.Receive(t.Context(), p); got <- err }()
+		until(t, "the caretaker leaves", func() bool { return !l.Caretaking() })
+		r.send(frame(60, i))
+		if err := <-got; err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // TestHostileStorm writes nonsense all over a section, as fast as it goes, with
 // States and doorbells, while both directions are in use.
 func TestHostileStorm(t *testing.T) {

@@ -24,10 +24,10 @@ func TestSignalAndTakeAllocate(t *testing.T) {
 func TestSetAllocates(t *testing.T) {
 	for name, how := range sleeps {
 		fd := eventfd(t)
-		s := set(t, fd)
+		s := set(t, how, fd)
 		if n := testing.AllocsPerRun(100, func() {
 			evfd.Signal(fd)
-			s.Wait(how)
+			s.Wait()
 			evfd.Take(fd)
 		}); n != 0 {
 			t.Errorf("%s: %v allocations per wait, want 0", name, n)

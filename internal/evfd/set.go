@@ -62,7 +62,8 @@ const (
 // Set is a set of descriptors to sleep on, for one sleeper at a time.
 type Set struct {
 	epfd int
-	file *os.File // the same epoll instance in Go's poller
+	how  Sleep
+	file *os.File // SleepPoller: the same epoll instance in Go's poller
 	raw  syscall.RawConn
 	ev   [16]unix.EpollEvent
 	n    int
@@ -73,14 +74,18 @@ type Set struct {
 	closed atomic.Bool
 }
 
-// NewSet returns an empty set.
-func NewSet() (*Set, error) {
+// NewSet returns an empty set to sleep on in a way.
+func NewSet(how Sleep) (*Set, error) {
 	epfd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
 	if err != nil {
 		return nil, fmt.Errorf("create epoll: %w", err)
 	}
 	procs.Store(int32(runtime.GOMAXPROCS(0)))
-	s := &Set{epfd: epfd}
+	s := &Set{epfd: epfd, how: how}
+	if how == SleepThread {
+		// Not in Go's poller: it would wake a thread for each event besides.
+		return s, nil
+	}
 	// An epoll descriptor is pollable itself, which is how the whole set
 	// gets into Go's poller as one descriptor.
 	if err := unix.SetNonblock(epfd, true); err != nil {
@@ -112,11 +117,11 @@ func (s *Set) Add(fd int, events uint32, tag int32) error {
 // Wait sleeps until a descriptor is ready and returns what is. The result is
 // valid until the next call. After Close, and when Close ends the sleep, it
 // fails with os.ErrClosed.
-func (s *Set) Wait(how Sleep) ([]unix.EpollEvent, error) {
+func (s *Set) Wait() ([]unix.EpollEvent, error) {
 	if s.closed.Load() {
 		return nil, os.ErrClosed
 	}
-	if how == SleepThread {
+	if s.how == SleepThread {
 		return s.block()
 	}
 	if err := s.raw.Read(s.poll); err != nil {
@@ -184,5 +189,8 @@ func waitBriefly(epfd int, ev []unix.EpollEvent) (int, error) {
 // SleepThread.
 func (s *Set) Close() error {
 	s.closed.Store(true)
+	if s.how == SleepThread {
+		return unix.Close(s.epfd)
+	}
 	return s.file.Close()
 }

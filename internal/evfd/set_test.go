@@ -19,9 +19,9 @@ import (
 var sleeps = map[string]evfd.Sleep{"thread": evfd.SleepThread, "poller": evfd.SleepPoller}
 
 // set returns a set of eventfds, tagged with their index.
-func set(t testing.TB, fds ...int) *evfd.Set {
+func set(t testing.TB, how evfd.Sleep, fds ...int) *evfd.Set {
 	t.Helper()
-	s, err := evfd.NewSet()
+	s, err := evfd.NewSet(how)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -35,9 +35,9 @@ func set(t testing.TB, fds ...int) *evfd.Set {
 }
 
 // tags waits and returns the tags of what is ready.
-func tags(t testing.TB, s *evfd.Set, how evfd.Sleep) (tags []int32) {
+func tags(t testing.TB, s *evfd.Set) (tags []int32) {
 	t.Helper()
-	events, err := s.Wait(how)
+	events, err := s.Wait()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -52,22 +52,22 @@ func TestSetReady(t *testing.T) {
 	for name, how := range sleeps {
 		t.Run(name, func(t *testing.T) {
 			a, b, c := eventfd(t), eventfd(t), eventfd(t)
-			s := set(t, a, b, c)
+			s := set(t, how, a, b, c)
 			evfd.Signal(b)
 			// Not drained, it stays ready.
 			for range 2 {
-				if got := tags(t, s, how); !slices.Equal(got, []int32{1}) {
+				if got := tags(t, s); !slices.Equal(got, []int32{1}) {
 					t.Errorf("ready: %v, want [1]", got)
 				}
 			}
 			evfd.Signal(a)
 			evfd.Signal(c)
-			if got := tags(t, s, how); !slices.Equal(got, []int32{0, 1, 2}) {
+			if got := tags(t, s); !slices.Equal(got, []int32{0, 1, 2}) {
 				t.Errorf("ready: %v, want [0 1 2]", got)
 			}
 			evfd.Drain(b)
 			evfd.Drain(a)
-			if got := tags(t, s, how); !slices.Equal(got, []int32{2}) {
+			if got := tags(t, s); !slices.Equal(got, []int32{2}) {
 				t.Errorf("ready: %v, want [2]", got)
 			}
 		})
@@ -81,11 +81,11 @@ func TestSetWakes(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			const rounds = 2000
 			ping, pong := eventfd(t), eventfd(t)
-			there, back := set(t, ping), set(t, pong)
+			there, back := set(t, how, ping), set(t, how, pong)
 			done := make(chan error, 1)
 			go func() {
 				for range rounds {
-					if _, err := there.Wait(how); err != nil {
+					if _, err := there.Wait(); err != nil {
 						done <- err
 						return
 					}
@@ -99,7 +99,7 @@ func TestSetWakes(t *testing.T) {
 			}()
 			for range rounds {
 				evfd.Signal(ping)
-				if got := tags(t, back, how); !slices.Equal(got, []int32{0}) || evfd.Take(pong) != 1 {
+				if got := tags(t, back); !slices.Equal(got, []int32{0}) || evfd.Take(pong) != 1 {
 					t.Fatalf("ready: %v", got)
 				}
 			}
@@ -118,13 +118,13 @@ func TestSetHangup(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer unix.Close(pair[0])
-			s := set(t)
+			s := set(t, how)
 			if err := s.Add(pair[0], unix.EPOLLRDHUP, -2); err != nil {
 				t.Fatal(err)
 			}
 			result := make(chan []unix.EpollEvent, 1)
 			go func() {
-				events, err := s.Wait(how)
+				events, err := s.Wait()
 				if err != nil {
 					t.Error(err)
 				}
@@ -147,10 +147,10 @@ func TestSetManyReady(t *testing.T) {
 				fds[i] = eventfd(t)
 				evfd.Signal(fds[i])
 			}
-			s := set(t, fds...)
+			s := set(t, how, fds...)
 			seen := map[int32]bool{}
 			for len(seen) < len(fds) {
-				for _, tag := range tags(t, s, how) {
+				for _, tag := range tags(t, s) {
 					if seen[tag] || !evfd.Drain(fds[tag]) {
 						t.Fatalf("%d came twice", tag)
 					}
@@ -162,7 +162,7 @@ func TestSetManyReady(t *testing.T) {
 }
 
 func TestSetErrors(t *testing.T) {
-	s := set(t)
+	s := set(t, evfd.SleepThread)
 	if err := s.Add(1<<20, unix.EPOLLIN, 0); !errors.Is(err, unix.EBADF) {
 		t.Errorf("add no descriptor: %v", err)
 	}
@@ -189,13 +189,13 @@ func parked() {
 	}
 }
 
-// Close ends a sleep in the poller, and later waits fail in both ways.
+// Close ends a sleep in the poller, and later waits fail.
 func TestSetClose(t *testing.T) {
 	for i := range 100 {
-		s := set(t, eventfd(t))
+		s := set(t, evfd.SleepPoller, eventfd(t))
 		result := make(chan error, 1)
 		go func() {
-			_, err := s.Wait(evfd.SleepPoller)
+			_, err := s.Wait()
 			result <- err
 		}()
 		if i%2 == 0 { // else somewhere on its way
@@ -207,11 +207,56 @@ func TestSetClose(t *testing.T) {
 		if err := <-result; !errors.Is(err, os.ErrClosed) {
 			t.Fatalf("wait during Close: %v, want os.ErrClosed", err)
 		}
-		for name, how := range sleeps {
-			if _, err := s.Wait(how); !errors.Is(err, os.ErrClosed) {
-				t.Fatalf("%s: wait after Close: %v, want os.ErrClosed", name, err)
+		if _, err := s.Wait(); !errors.Is(err, os.ErrClosed) {
+			t.Fatalf("wait after Close: %v, want os.ErrClosed", err)
+		}
+	}
+	s := set(t, evfd.SleepThread)
+	s.Close()
+	if _, err := s.Wait(); !errors.Is(err, os.ErrClosed) {
+		t.Fatalf("thread: wait after Close: %v, want os.ErrClosed", err)
+	}
+}
+
+// watched is how many epoll instances are watched by others, in this process.
+func watched(t *testing.T) (n int) {
+	t.Helper()
+	fds, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	isEpoll := func(fd string) bool {
+		to, _ := os.Readlink("/proc/self/fd/" + fd)
+		return to == "anon_inode:[eventpoll]"
+	}
+	for _, fd := range fds {
+		if !isEpoll(fd.Name()) {
+			continue
+		}
+		info, err := os.ReadFile("/proc/self/fdinfo/" + fd.Name())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(info)) {
+			if f := strings.Fields(line); len(f) > 1 && f[0] == "tfd:" && isEpoll(f[1]) {
+				n++
 			}
 		}
+	}
+	return n
+}
+
+// TestThreadAlone has Go's poller watch only what it has to: it wakes a thread
+// for each event.
+func TestThreadAlone(t *testing.T) {
+	before := watched(t)
+	set(t, evfd.SleepThread, eventfd(t))
+	if n := watched(t); n != before {
+		t.Errorf("%d epoll instances are watched besides, want none", n-before)
+	}
+	set(t, evfd.SleepPoller, eventfd(t))
+	if n := watched(t); n != before+1 {
+		t.Errorf("%d epoll instances are watched besides, want that of SleepPoller", n-before)
 	}
 }
 
@@ -221,13 +266,13 @@ func TestSetClose(t *testing.T) {
 func TestSleepLeavesOthers(t *testing.T) {
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
 	fd := eventfd(t)
-	s := set(t, fd)
+	s := set(t, evfd.SleepThread, fd)
 	var pairs []time.Duration
 	last := time.Hour
 	for range 1000 {
 		go evfd.Signal(fd)
 		begin := time.Now()
-		if _, err := s.Wait(evfd.SleepThread); err != nil {
+		if _, err := s.Wait(); err != nil {
 			t.Fatal(err)
 		}
 		took := time.Since(begin)

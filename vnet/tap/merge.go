@@ -16,6 +16,7 @@ const maxIP = 65535
 // peer's hands, so headers are copied before they are looked at.
 type merger struct {
 	fd     int
+	move   mover
 	prefix [vnetLen]byte
 	iovs   []unix.Iovec
 
@@ -32,8 +33,8 @@ type merger struct {
 
 // newMerger returns one that tells done how many frames were written, or not
 // and why.
-func newMerger(fd int, done func(frames int, err error)) *merger {
-	return &merger{fd: fd, iovs: make([]unix.Iovec, 0, 2+maxFrames), done: done}
+func newMerger(fd int, move mover, done func(frames int, err error)) *merger {
+	return &merger{fd: fd, move: move, iovs: make([]unix.Iovec, 0, 2+maxFrames), done: done}
 }
 
 // write writes frames. What is in them may change meanwhile.
@@ -161,7 +162,7 @@ func (m *merger) flush() {
 		binary.NativeEndian.PutUint16(m.prefix[vnetSumStart:], uint16(h.tcp))
 		binary.NativeEndian.PutUint16(m.prefix[vnetSumOffset:], tcpSum)
 	}
-	_, err := transfer(unix.SYS_WRITEV, m.fd, m.iovs)
+	_, err := m.move(unix.SYS_WRITEV, m.fd, m.iovs)
 	m.done(m.count, err)
 	m.count = 0
 }

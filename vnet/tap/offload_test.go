@@ -162,12 +162,12 @@ func random(n int) []byte {
 func TestSplit(t *testing.T) {
 	const mtu = 1500
 	ours, theirs := kernel(t)
-	in := newSplitter(ours)
+	in := newSplitter(ours, transfer)
 	memory := make([][]byte, maxFrames)
 	for i := range memory {
 		memory[i] = make([]byte, mtu+18)
 	}
-	for round := range 2000 {
+	for round := range 600 {
 		var want [][]byte
 		var packet []byte
 		s := segment{six: rand.IntN(2) == 0, seq: rand.Uint32(), id: uint16(rand.Uint32()), flags: 0x10 | byte(rand.IntN(256))&0x89}
@@ -219,7 +219,7 @@ func TestSplit(t *testing.T) {
 // TestSplitTruncated has what does not fit, and what no kernel sends.
 func TestSplitTruncated(t *testing.T) {
 	ours, theirs := kernel(t)
-	in := newSplitter(ours)
+	in := newSplitter(ours, transfer)
 	s := segment{data: random(4000)}
 	for name, packet := range map[string][]byte{
 		"frame":                         prefixed(0, 0, 0, 0, 0, 0, random(1519)),
@@ -240,14 +240,14 @@ func TestSplitTruncated(t *testing.T) {
 func TestMerge(t *testing.T) {
 	ours, theirs := kernel(t)
 	written := 0
-	out := newMerger(ours, func(n int, err error) {
+	out := newMerger(ours, transfer, func(n int, err error) {
 		if err != nil {
 			t.Error(err)
 		}
 		written += n
 	})
 	got := make([]byte, 1<<17)
-	for range 1000 {
+	for range 300 {
 		s := segment{six: rand.IntN(2) == 0, seq: rand.Uint32(), id: uint16(rand.Uint32()), flags: 0x10 | byte(rand.IntN(2))<<3}
 		if rand.IntN(2) == 0 {
 			s.options = timestamps
@@ -319,7 +319,7 @@ func TestMergeNot(t *testing.T) {
 				if c.name == "padded" {
 					want[1] = append(want[1], 0, 0)
 				}
-				out := newMerger(ours, func(_ int, err error) {
+				out := newMerger(ours, transfer, func(_ int, err error) {
 					if err != nil {
 						t.Error(err)
 					}
@@ -347,7 +347,7 @@ func TestMergeLong(t *testing.T) {
 			frames = append(frames, s.frame(false))
 			s.seq += 8000
 		}
-		out := newMerger(ours, func(int, error) {})
+		out := newMerger(ours, transfer, func(int, error) {})
 		out.write(frames)
 		got, total := make([]byte, 1<<17), 0
 		for range 2 {
@@ -384,12 +384,12 @@ func FuzzMerge(f *testing.F) {
 			frames, p = append(frames, p[:n]), p[n:]
 		}
 		given := 0
-		out := newMerger(ours, func(n int, _ error) { given += n })
+		out := newMerger(ours, transfer, func(n int, _ error) { given += n })
 		out.write(frames)
 		if given != len(frames) {
 			t.Errorf("%d frames written, of %d", given, len(frames))
 		}
-		in := newSplitter(theirs)
+		in := newSplitter(theirs, transfer)
 		for len(frames) > 0 {
 			for i := range in.frames {
 				in.frames[i] = make([]byte, 1<<12)

@@ -139,7 +139,7 @@ func (t *Interface) over(err error) error {
 // send moves frames from the interface to the link.
 func (t *Interface) send(ctx context.Context, link *vnet.Link) error {
 	slots := slotsOf(link)
-	in := newSplitter(t.fd)
+	in := newSplitter(t.fd, t.move)
 	unflushed := 0
 	yielded := false
 	for {
@@ -171,7 +171,7 @@ func (t *Interface) send(ctx context.Context, link *vnet.Link) error {
 				continue
 			}
 			yielded = false
-			if _, err := t.set.Wait(evfd.SleepThread); err != nil || ctx.Err() != nil {
+			if _, err := t.set.Wait(); err != nil || ctx.Err() != nil {
 				return errors.Join(err, context.Cause(ctx))
 			}
 			continue
@@ -245,7 +245,7 @@ func (t *Interface) discard() error {
 func (t *Interface) receive(ctx context.Context, link *vnet.Link) error {
 	slots := slotsOf(link)
 	var failed error
-	out := newMerger(t.fd, func(n int, err error) {
+	out := newMerger(t.fd, t.move, func(n int, err error) {
 		switch err {
 		case nil:
 			t.stats.received.Add(uint64(n))

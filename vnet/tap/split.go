@@ -27,6 +27,7 @@ var errTruncated = errors.New("longer than the MTU")
 // one's; where the guess is wrong it is copied.
 type splitter struct {
 	fd     int
+	move   mover
 	frames [maxFrames][]byte // slots
 	n      int               // of them
 	// The guess. Without one, size is 0, and frames are read one by one.
@@ -46,8 +47,8 @@ type splitter struct {
 	made  int    // frames of the piece so far
 }
 
-func newSplitter(fd int) *splitter {
-	return &splitter{fd: fd, overflow: make([]byte, maxPiece), copied: make([]byte, maxPiece)}
+func newSplitter(fd int, move mover) *splitter {
+	return &splitter{fd: fd, move: move, overflow: make([]byte, maxPiece), copied: make([]byte, maxPiece)}
 }
 
 // wanted is how many slots are useful now.
@@ -118,12 +119,15 @@ func (s *splitter) read() (int, error) {
 		}
 	}
 	add(s.overflow)
-	total, err := transfer(unix.SYS_READV, s.fd, iovs)
+	total, err := s.move(unix.SYS_READV, s.fd, iovs)
 	if err == nil && total < vnetLen {
 		err = unix.EIO
 	}
 	return total - vnetLen, err
 }
+
+// mover is transfer, or what measures it.
+type mover func(call uintptr, fd int, iovs []unix.Iovec) (int, error)
 
 // transfer is readv(2) or writev(2). They do not block, so the scheduler need not
 // know: it would take away what runs Go code after 20 us, which long pieces

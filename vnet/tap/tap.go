@@ -39,6 +39,7 @@ type Interface struct {
 	name   string
 	index  int
 	stats  counters
+	move   mover
 	kick   int // eventfd that ends who sleeps
 	set    *evfd.Set
 	events *events
@@ -65,7 +66,7 @@ type Stats struct {
 
 // Open makes an interface, or takes one that is there. It is not up before Run.
 func Open(c Config) (*Interface, error) {
-	t := &Interface{fd: -1, kick: -1}
+	t := &Interface{fd: -1, kick: -1, move: transfer}
 	if err := t.open(c); err != nil {
 		t.Close()
 		return nil, err
@@ -91,7 +92,7 @@ func (t *Interface) open(c Config) error {
 	if t.kick, err = evfd.New(); err != nil {
 		return err
 	}
-	if t.set, err = evfd.NewSet(); err != nil {
+	if t.set, err = evfd.NewSet(evfd.SleepThread); err != nil {
 		return err
 	}
 	if err := t.set.Add(t.kick, unix.EPOLLIN, tagKick); err != nil {

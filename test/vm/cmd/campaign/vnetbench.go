@@ -71,7 +71,7 @@ func ethernetBench(ctx context.Context, r *Report) error {
 	for _, mtu := range mtus {
 		v.ratio(mtu, wayVethPlain, 0.5)
 		v.ratio(mtu, wayForward, 2)
-		r.atMost(fmt.Sprintf("MTU %d: percent of the CPU time that is neither TAP system calls nor checksums", mtu), median(r.Samples[sampleName(mtu, wayVnet, "rest_percent")]), 15)
+		r.atMost(fmt.Sprintf("MTU %d: percent of the CPU time that is no TAP system call", mtu), median(r.Samples[sampleName(mtu, wayVnet, "rest_percent")]), 15)
 	}
 	return nil
 }
@@ -179,7 +179,7 @@ func (v *vnetBench) measure(way, name, network string, mtu int) error {
 	}
 	record("small_kpps", udp.Received.Bytes/64/udp.Received.Seconds/1e3)
 	if name == wayVnet && way == wayVnet {
-		return v.split(network, iface, mtu, record)
+		return v.split(network, mtu, record)
 	}
 	return nil
 }
@@ -293,14 +293,16 @@ func (v *vnetBench) startVnet(iface string, mtu int) (func(), error) {
 	if err != nil {
 		return nil, err
 	}
-	return v.startEnds(func(socket string) []string {
-		return []string{ivshctl, "net", "up", "--name", iface, "--mtu", strconv.Itoa(mtu), "--device", socket}
+	return v.startEnds(func(_ int, socket string) *exec.Cmd {
+		cmd := exec.CommandContext(v.ctx, ivshctl, "net", "up", "--name", iface, "--mtu", strconv.Itoa(mtu), "--device", socket)
+		cmd.Stdout = newLineWatch("ready")
+		return cmd
 	})
 }
 
-// startEnds starts a service, and both ends of its link by a command that says
-// when it is ready.
-func (v *vnetBench) startEnds(argv func(socket string) []string) (func(), error) {
+// startEnds starts a service, and both ends of its link by commands whose
+// standard output is a lineWatch.
+func (v *vnetBench) startEnds(command func(i int, socket string) *exec.Cmd) (func(), error) {
 	service, err := vm.Serve(v.ctx, nil, "--protocol", "1", "--peers", "2", "--vectors", "2", "--rw", "0", "--output", "4M", "--quiet")
 	if err != nil {
 		return nil, err
@@ -313,11 +315,10 @@ func (v *vnetBench) startEnds(argv func(socket string) []string) (func(), error)
 		}
 		service.Close()
 	}
-	for _, n := range []*namespace{v.a, v.b} {
-		args := argv(service.Socket)
-		cmd := exec.CommandContext(v.ctx, args[0], args[1:]...)
-		ready := newLineWatch("ready")
-		cmd.Stdout, cmd.Stderr = ready, os.Stderr
+	for i, n := range []*namespace{v.a, v.b} {
+		cmd := command(i, service.Socket)
+		ready := cmd.Stdout.(*lineWatch)
+		cmd.Stderr = os.Stderr
 		if err := n.start(cmd); err != nil {
 			stop()
 			return nil, err

@@ -2,83 +2,33 @@ package main
 
 import (
 	"bytes"
-	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
-	"os/signal"
+	"os/exec"
 	"path/filepath"
-	"runtime"
-	"runtime/pprof"
-	"strconv"
 	"strings"
 	"sync"
-
-	"github.com/google/pprof/profile"
-	"golang.org/x/sys/unix"
-
-	"github.com/ivshmem-go/ivshmem"
-	"github.com/ivshmem-go/ivshmem/vnet"
-	"github.com/ivshmem-go/ivshmem/vnet/tap"
 )
 
-// vnetEnd is the argument by which this program is an end of virtual Ethernet
-// as `ivshctl net up` is, and writes a profile of it: FILE, INTERFACE, MTU,
-// DEVICE.
-const vnetEnd = "vnet-end"
-
-func runVnetEnd(args []string) error {
-	if len(args) != 4 {
-		return errors.New("expected FILE INTERFACE MTU DEVICE")
-	}
-	runtime.GOMAXPROCS(max(4, runtime.GOMAXPROCS(0)))
-	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM)
-	defer stop()
-	mtu, err := strconv.Atoi(args[2])
-	if err != nil {
-		return err
-	}
-	d, err := ivshmem.Open(args[3])
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	link, err := vnet.Open(d, vnet.Config{MTU: mtu})
-	if err != nil {
-		return err
-	}
-	defer link.Close()
-	t, err := tap.Open(tap.Config{Name: args[1], MTU: mtu})
-	if err != nil {
-		return err
-	}
-	defer t.Close()
-	f, err := os.Create(args[0])
-	if err != nil {
-		return err
-	}
-	if err := pprof.StartCPUProfile(f); err != nil {
-		return err
-	}
-	fmt.Println("ready")
-	if err = t.Run(ctx, link); errors.Is(err, context.Canceled) {
-		err = nil
-	}
-	pprof.StopCPUProfile()
-	return errors.Join(err, f.Close())
-}
-
-// split finds what the CPU time of a transfer goes into.
-func (v *vnetBench) split(network, iface string, mtu int, record func(string, float64)) error {
-	self, err := os.Executable()
-	if err != nil {
-		return err
-	}
+// split finds how much of the CPU time of a transfer goes into calls to the
+// interfaces: the tests of package tap have ends that measure that.
+func (v *vnetBench) split(network string, mtu int, record func(string, float64)) error {
 	const other = "split0"
-	n := 0
-	stop, err := v.startEnds(func(socket string) []string {
-		n++
-		return []string{self, vnetEnd, filepath.Join(v.dir, fmt.Sprintf("profile%d", n)), other, strconv.Itoa(mtu), socket}
+	end := filepath.Join(v.dir, "tap.test")
+	build := exec.CommandContext(v.ctx, "go", "test", "-c", "-o", end, "./vnet/tap")
+	build.Dir = os.Getenv("IVSHMEM_SOURCE")
+	if text, err := build.CombinedOutput(); err != nil {
+		return fmt.Errorf("build the ends that measure: %w\n%s", err, text)
+	}
+	var found [2]*lineWatch
+	stop, err := v.startEnds(func(i int, socket string) *exec.Cmd {
+		cmd := exec.CommandContext(v.ctx, end)
+		cmd.Env = append(os.Environ(), fmt.Sprintf("IVSHMEM_TAP_MEASURED=%s %d %s", other, mtu, socket))
+		found[i] = newLineWatch("ready")
+		cmd.Stdout = found[i]
+		return cmd
 	})
 	if err != nil {
 		return err
@@ -94,38 +44,20 @@ func (v *vnetBench) split(network, iface string, mtu int, record func(string, fl
 	if err != nil {
 		return err
 	}
-	var tapCalls, sums, rest float64
-	for i := range n {
-		b, err := os.ReadFile(filepath.Join(v.dir, fmt.Sprintf("profile%d", i+1)))
-		if err != nil {
-			return err
+	var inTAP, total float64
+	for _, f := range found {
+		var end struct {
+			TAP   float64 `json:"tap_ns"`
+			Total float64 `json:"total_ns"`
 		}
-		p, err := profile.ParseData(b)
-		if err != nil {
-			return err
+		_, text, _ := strings.Cut(string(f.got), "ready\n")
+		if err := json.Unmarshal([]byte(text), &end); err != nil {
+			return fmt.Errorf("what an end measured: %w: %q", err, f.got)
 		}
-		for _, s := range p.Sample {
-			share := &rest
-			for _, l := range s.Location {
-				for _, line := range l.Line {
-					switch name := line.Function.Name; {
-					case strings.HasSuffix(name, "vnet/tap.transfer"):
-						share = &tapCalls
-					case strings.HasSuffix(name, "vnet/tap.sum"):
-						share = &sums
-					}
-				}
-			}
-			*share += float64(s.Value[len(s.Value)-1])
-		}
+		inTAP, total = inTAP+end.TAP, total+end.Total
 	}
-	total := tapCalls + sums + rest
-	if total == 0 {
-		return errors.New("the profiles are empty")
-	}
-	record("tap_percent", 100*tapCalls/total)
-	record("checksum_percent", 100*sums/total)
-	record("rest_percent", 100*rest/total)
+	record("tap_percent", 100*inTAP/total)
+	record("rest_percent", 100*(1-inTAP/total))
 	return nil
 }
 
@@ -152,8 +84,8 @@ func (v *vnetBench) tables(mtus []int) {
 		}
 		v.r.Tables = append(v.r.Tables, t, Table{
 			Title: fmt.Sprintf("CPU time of both ends of vnet, TCP, MTU %d, percent", mtu),
-			Head:  []string{"TAP system calls", "checksums", "all else"},
-			Rows:  [][]string{{spread(mtu, wayVnet, "tap_percent", "%.1f"), spread(mtu, wayVnet, "checksum_percent", "%.1f"), spread(mtu, wayVnet, "rest_percent", "%.1f")}},
+			Head:  []string{"TAP system calls", "everything else"},
+			Rows:  [][]string{{spread(mtu, wayVnet, "tap_percent", "%.1f"), spread(mtu, wayVnet, "rest_percent", "%.1f")}},
 		})
 	}
 }
@@ -184,10 +116,8 @@ func newLineWatch(text string) *lineWatch {
 func (w *lineWatch) Write(p []byte) (int, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.text == nil {
-		return len(p), nil
-	}
-	if w.got = append(w.got, p...); bytes.Contains(w.got, w.text) {
+	w.got = append(w.got, p...)
+	if w.text != nil && bytes.Contains(w.got, w.text) {
 		w.text = nil
 		close(w.seen)
 	}
