@@ -45,7 +45,47 @@ func (l *Link) DoorbellFD(target, vector uint16) (int, error) {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	key := regs.Doorbell(target, vector)
+	return d.get(regs.Doorbell(target, vector))
+}
+
+// DoorbellFD is an eventfd that rings: a write to it stands for a write of
+// Value to the Doorbell register.
+type DoorbellFD struct {
+	Value uint32
+	FD    int // the link's
+}
+
+// DoorbellFDs returns the doorbell eventfds of all peers, those of vector 0
+// first, so that where not all fit every peer has some: at most limit, and
+// fewer where the process is out of descriptors.
+func (l *Link) DoorbellFDs(limit int) []DoorbellFD {
+	d, err := l.doorbells()
+	if err != nil {
+		return nil
+	}
+	// The lock is taken once: a crowd that connects asks for all of them.
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	all := make([]DoorbellFD, 0, min(limit, int(l.config.Peers)*int(l.config.Vectors)))
+	for vector := range l.config.Vectors {
+		for target := range l.config.Peers {
+			if len(all) == limit {
+				return all
+			}
+			value := regs.Doorbell(uint16(target), vector)
+			fd, err := d.get(value)
+			if err != nil {
+				return all
+			}
+			all = append(all, DoorbellFD{value, fd})
+		}
+	}
+	return all
+}
+
+// get returns a doorbell eventfd, which it makes if it is not there. The caller
+// holds d.mu.
+func (d *doorbells) get(key uint32) (int, error) {
 	if b := d.fds[key]; b != nil {
 		return b.fd, nil
 	}
@@ -65,10 +105,7 @@ func (l *Link) DoorbellFD(target, vector uint16) (int, error) {
 // SetDirect says whether the peer reads its doorbell eventfd of a vector
 // itself. It has an effect only where that eventfd was asked for before.
 func (p *Peer) SetDirect(vector uint16, direct bool) {
-	l := p.link
-	l.mu.Lock()
-	d := l.doorbell
-	l.mu.Unlock()
+	d := p.link.doorbell.Load()
 	if d == nil {
 		return
 	}
@@ -84,10 +121,7 @@ func (p *Peer) SetDirect(vector uint16, direct bool) {
 // IsDoorbell reports whether fd is the peer's own doorbell eventfd of a
 // vector, however the descriptor came here.
 func (p *Peer) IsDoorbell(vector uint16, fd int) bool {
-	l := p.link
-	l.mu.Lock()
-	d := l.doorbell
-	l.mu.Unlock()
+	d := p.link.doorbell.Load()
 	if d == nil {
 		return false
 	}
@@ -103,13 +137,16 @@ func (p *Peer) IsDoorbell(vector uint16, fd int) bool {
 }
 
 func (l *Link) doorbells() (*doorbells, error) {
+	if d := l.doorbell.Load(); d != nil {
+		return d, nil
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.closed {
 		return nil, os.ErrClosed
 	}
-	if l.doorbell != nil {
-		return l.doorbell, nil
+	if d := l.doorbell.Load(); d != nil {
+		return d, nil
 	}
 	d := &doorbells{link: l, fds: map[uint32]*doorbell{}, done: make(chan struct{})}
 	var err error
@@ -132,7 +169,7 @@ func (l *Link) doorbells() (*doorbells, error) {
 		unix.Close(d.epfd)
 		return nil, err
 	}
-	l.doorbell = d
+	l.doorbell.Store(d)
 	go d.forward()
 	return d, nil
 }

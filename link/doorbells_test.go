@@ -63,9 +63,9 @@ func TestDoorbellFDNextPeer(t *testing.T) {
 		}
 		next.SetDirect(0, true)
 		<-left
-		l.doorbell.mu.Lock()
-		direct := l.doorbell.fds[0].direct
-		l.doorbell.mu.Unlock()
+		l.doorbell.Load().mu.Lock()
+		direct := l.doorbell.Load().fds[0].direct
+		l.doorbell.Load().mu.Unlock()
 		if !direct {
 			t.Fatal("the departure of the former peer made the next one indirect")
 		}

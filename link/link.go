@@ -4,7 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/ivshmem-go/ivshmem/internal/mem"
 	"github.com/ivshmem-go/ivshmem/regs"
@@ -56,14 +58,25 @@ type Link struct {
 	memory  *mem.Mapping
 	table   *shmem.ReadWrite
 
+	// states is the peers' State registers, by peer ID. They are read and
+	// written without mu: when one changes everybody looks at it, and where a
+	// thousand stand in line for a lock on a busy machine, they wait for
+	// seconds.
+	states  []atomic.Uint64
+	changed atomic.Int64 // whose state the others have not been told of, see tell
+	// doorbell is set with mu held, once, and taken away by Close.
+	doorbell atomic.Pointer[doorbells]
+
+	telling sync.Mutex // taken outside mu
+	others  []uint32   // of tell, which holds it
+
 	mu        sync.Mutex
-	state     State
+	state     State         // but for the State registers
 	raise     []Interrupter // by peer ID, nil where no peer is, or an external one
 	taken     []bool        // by peer ID, also while a peer is on its way in
 	lowest    uint32        // no ID below it is free
 	present   []uint32      // in the order in which they came
 	observers []Observer
-	doorbell  *doorbells
 	closed    bool
 }
 
@@ -83,10 +96,12 @@ func New(c Config) (*Link, error) {
 	c.StateTable = layout.StateTable
 	l := &Link{
 		config: c, layout: layout,
-		state: State{Peers: make([]PeerState, c.Peers)},
-		raise: make([]Interrupter, c.Peers),
-		taken: make([]bool, c.Peers),
+		states: make([]atomic.Uint64, c.Peers),
+		state:  State{Peers: make([]PeerState, c.Peers)},
+		raise:  make([]Interrupter, c.Peers),
+		taken:  make([]bool, c.Peers),
 	}
+	l.changed.Store(nobody)
 	if err := l.allocate(); err != nil {
 		l.Close()
 		return nil, fmt.Errorf("shared memory of %d bytes: %w", layout.Total(), err)
@@ -98,8 +113,8 @@ func New(c Config) (*Link, error) {
 // mappings.
 func (l *Link) Close() error {
 	l.mu.Lock()
-	closed, d := l.closed, l.doorbell
-	l.closed, l.doorbell = true, nil
+	closed, d := l.closed, l.doorbell.Swap(nil)
+	l.closed = true
 	l.mu.Unlock()
 	if closed {
 		return nil
@@ -139,8 +154,8 @@ func (l *Link) FD() int { return int(l.file.Fd()) }
 // the delivery consumes the enable. The caller holds l.mu.
 func (l *Link) interrupt(id uint32, vector uint16) {
 	p := &l.state.Peers[id]
-	if p.External && l.doorbell != nil {
-		l.doorbell.signal(id, vector)
+	if d := l.doorbell.Load(); d != nil && p.External {
+		d.signal(id, vector)
 	}
 	if !p.Present || !p.Enabled {
 		return
@@ -163,24 +178,58 @@ func (l *Link) ring(target, vector uint16) {
 }
 
 // setState carries out a write of v to the State register: the table entry is
-// written in any case, the others are interrupted only if the value changed.
-// The caller holds l.mu.
+// written in any case, the others have to be told only if the value changed.
+// The caller holds the peer's lock, and calls tell when it has given it back.
 func (l *Link) setState(id uint32, v uint32) {
 	l.storeEntry(id, v)
-	p := &l.state.Peers[id]
-	if p.State == v {
-		return
+	if l.states[id].Swap(uint64(v)) != uint64(v) {
+		l.setChanged(id)
 	}
-	p.State = v
-	l.interruptOthers(id)
 }
 
-// interruptOthers raises vector 0 at all peers but one. The caller holds l.mu.
-func (l *Link) interruptOthers(id uint32) {
-	for _, other := range l.present {
-		if other != id {
-			l.interrupt(other, 0)
+// Values of Link.changed that are no ID.
+const (
+	nobody  = -1
+	several = -2
+)
+
+// setChanged notes that the others have to be told of a peer's state, by tell.
+func (l *Link) setChanged(id uint32) {
+	for {
+		old, now := l.changed.Load(), int64(several)
+		if old == nobody || old == int64(id) {
+			now = int64(id)
 		}
+		if l.changed.CompareAndSwap(old, now) {
+			return
+		}
+	}
+}
+
+// tell raises vector 0 at all peers but the one whose state has changed. When
+// it returns, they have been told of every state that was set before the call.
+//
+// Whoever is interrupted runs at once, and may push this thread off its CPU: a
+// thousand of them take long. So the lock is given back in between, and of those
+// who change their states meanwhile the first one tells for all.
+func (l *Link) tell() {
+	l.telling.Lock()
+	defer l.telling.Unlock()
+	changed := l.changed.Swap(nobody)
+	if changed == nobody {
+		return
+	}
+	l.mu.Lock()
+	l.others = append(l.others[:0], l.present...)
+	l.mu.Unlock()
+	for some := range slices.Chunk(l.others, 64) {
+		l.mu.Lock()
+		for _, id := range some {
+			if int64(id) != changed {
+				l.interrupt(id, 0) // nothing, if it has left
+			}
+		}
+		l.mu.Unlock()
 	}
 }
 
@@ -188,6 +237,7 @@ func (l *Link) interruptOthers(id uint32) {
 type Peer struct {
 	link *Link
 	id   uint32
+	mu   sync.Mutex // guards writes of its state; taken outside the link's
 }
 
 // ID is the peer's ID.
@@ -204,15 +254,14 @@ func (p *Peer) Load(r regs.Register) uint32 {
 		return p.id
 	case regs.MaxPeers:
 		return l.config.Peers
-	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	s := &l.state.Peers[p.id]
-	switch {
-	case r == regs.InterruptControl && s.Enabled:
-		return regs.InterruptEnable
-	case r == regs.State:
-		return s.State
+	case regs.State:
+		return l.stateOf(p.id)
+	case regs.InterruptControl:
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if l.state.Peers[p.id].Enabled {
+			return regs.InterruptEnable
+		}
 	}
 	return 0
 }
@@ -226,13 +275,16 @@ func (p *Peer) Store(r regs.Register, v uint32) {
 		l.ring(target, vector)
 		return
 	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
 	switch r {
 	case regs.InterruptControl:
+		l.mu.Lock()
+		defer l.mu.Unlock()
 		l.state.Peers[p.id].Enabled = v&regs.InterruptEnable != 0
 	case regs.State:
+		p.mu.Lock()
 		l.setState(p.id, v)
+		p.mu.Unlock()
+		l.tell()
 	}
 }
 
@@ -240,13 +292,22 @@ func (p *Peer) Store(r regs.Register, v uint32) {
 // external peer from its entry of the State Table. It is 0 for IDs that do not
 // exist.
 func (p *Peer) StateOf(id uint32) uint32 {
-	l := p.link
-	if id >= l.config.Peers {
+	if id >= p.link.config.Peers {
 		return 0
 	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.stateOf(id)
+	return p.link.stateOf(id)
+}
+
+// stateInTable in Link.states says that the state of a peer is what its entry of
+// the State Table says: that of an external peer.
+const stateInTable = 1 << 32
+
+func (l *Link) stateOf(id uint32) uint32 {
+	v := l.states[id].Load()
+	if v == stateInTable {
+		return l.loadEntry(id)
+	}
+	return uint32(v)
 }
 
 // SetOneShot sets Privileged Control bit 0.
@@ -261,11 +322,15 @@ func (p *Peer) SetOneShot(on bool) {
 // through the normal path, so that the others are interrupted if it was not 0.
 func (p *Peer) Reset() {
 	l := p.link
+	p.mu.Lock()
 	l.mu.Lock()
-	defer l.mu.Unlock()
 	l.reset(p.id)
+	l.mu.Unlock()
+	p.mu.Unlock()
+	l.tell()
 }
 
+// reset is for a caller that holds both locks, and calls tell then.
 func (l *Link) reset(id uint32) {
 	s := &l.state.Peers[id]
 	s.Enabled, s.OneShot = false, false

@@ -110,6 +110,7 @@ func (l *Link) attach(pin *uint32, i Interrupter, greet func(id uint32) error) (
 	l.raise[id] = i
 	if external {
 		l.storeEntry(id, 0) // anybody may have written there meanwhile
+		l.states[id].Store(stateInTable)
 	}
 	for _, o := range l.observers {
 		o.Joined(id, l.present)
@@ -153,13 +154,21 @@ func (l *Link) release(id uint32) {
 // Detach disconnects the peer: a reset, and its ID is free again. The peer
 // must not be used afterwards.
 func (p *Peer) Detach() {
-	l, id := p.link, p.id
+	p.mu.Lock()
+	p.link.detach(p.id)
+	p.mu.Unlock()
+	p.link.tell()
+}
+
+// detach is for a caller that holds the peer's lock, and calls tell then.
+func (l *Link) detach(id uint32) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.present = slices.DeleteFunc(l.present, func(other uint32) bool { return other == id })
 	if l.state.Peers[id].External {
+		l.states[id].Store(0)
 		l.storeEntry(id, 0)
-		l.interruptOthers(id)
+		l.setChanged(id)
 	} else {
 		l.reset(id)
 	}
@@ -180,12 +189,4 @@ func (l *Link) Snapshot() State {
 		s.Peers[id].State = l.stateOf(id)
 	}
 	return s
-}
-
-// stateOf is the state of a peer. The caller holds l.mu.
-func (l *Link) stateOf(id uint32) uint32 {
-	if l.state.Peers[id].External {
-		return l.loadEntry(id)
-	}
-	return l.state.Peers[id].State
 }

@@ -65,7 +65,7 @@ func TestObserve(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n := len(l.doorbell.fds); n != 2*4 {
+	if n := len(l.doorbell.Load().fds); n != 2*4 {
 		t.Errorf("%d doorbell eventfds, want those of 2 peers", n)
 	}
 	middle, err := l.AttachExternal(nil, func(id uint32) error {

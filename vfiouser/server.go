@@ -6,7 +6,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"runtime"
 	"slices"
 	"time"
 
@@ -88,9 +87,12 @@ func NewServer(conn *net.UnixConn, open func() (Device, error), opts ServerOptio
 // after the request it is at. It does not wait for that.
 func (s *Server) Close() error { return s.conn.Close() }
 
-// Run is the request loop. It blocks the calling goroutine's thread, and calls
-// the device from there only. When it returns the connection is closed and
-// every descriptor that the device did not take is too.
+// Run is the request loop. While it waits for the client it blocks a thread.
+// It calls the device from the calling goroutine only, which should not be
+// locked to a thread: of a thousand that are, each step, also that from one
+// holder of a mutex to the next, is a switch between threads of the kernel.
+// When it returns the connection is closed and every descriptor that the device
+// did not take is too.
 //
 // It returns nil when the client closed between two messages. Otherwise the
 // error is [net.ErrClosed] (Close), [os.ErrDeadlineExceeded] (no VERSION in
@@ -98,8 +100,6 @@ func (s *Server) Close() error { return s.conn.Close() }
 // client went away inside a message), a [*ProtocolError], an error of the
 // socket, or that of open.
 func (s *Server) Run() error {
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
 	defer s.conn.Close()
 	err := s.negotiate()
 	for err == nil {

@@ -114,7 +114,8 @@ func (r Rights) give(path string) error {
 // Accept passes every client of a listener to take, one after the other, until
 // the context ends, and closes the listener. It returns nil then, or what made
 // the listener useless. Failed is told why a client could not be accepted, where
-// that passes: take and failed must not block.
+// that passes. While take or failed blocks, further clients wait in the socket's
+// queue; when the context ends they have to return.
 func Accept(ctx context.Context, l *net.UnixListener, failed func(error), take func(*net.UnixConn)) error {
 	defer l.Close()
 	stop := context.AfterFunc(ctx, func() { l.Close() })

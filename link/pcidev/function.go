@@ -286,23 +286,12 @@ func (f *Function) IOFDs(index uint32, limit int) []vfiouser.IOFD {
 	if index != vfiouser.RegionBAR0 {
 		return nil
 	}
-	l := f.peer.Link()
-	c := l.Config()
-	// Vector by vector, so that where not all fit every peer has some.
-	fds := make([]vfiouser.IOFD, 0, min(limit, int(c.Peers)*int(c.Vectors)))
-	for vector := range c.Vectors {
-		for target := range c.Peers {
-			if len(fds) == limit {
-				return fds
-			}
-			fd, err := l.DoorbellFD(uint16(target), vector)
-			if err != nil {
-				return fds // out of descriptors: the rest rings by message
-			}
-			fds = append(fds, vfiouser.IOFD{
-				Offset: uint64(regs.DoorbellRegister), Size: 4,
-				Match: true, Data: uint64(regs.Doorbell(uint16(target), vector)), FD: fd,
-			})
+	all := f.peer.Link().DoorbellFDs(limit) // the rest rings by message
+	fds := make([]vfiouser.IOFD, len(all))
+	for i, d := range all {
+		fds[i] = vfiouser.IOFD{
+			Offset: uint64(regs.DoorbellRegister), Size: 4,
+			Match: true, Data: uint64(d.Value), FD: d.FD,
 		}
 	}
 	return fds

@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -21,12 +22,15 @@ import (
 )
 
 // maxSilent bounds how many clients may be connected that have not said
-// anything yet. Of more, the one that has been silent for the longest is
-// closed: a client that means it takes milliseconds. A socket that is one
-// peer's needs less.
+// anything yet, and maxSilence how long each may: a client that means it takes
+// milliseconds. The next ones wait in the socket's queue meanwhile, and nobody
+// loses its place: what a client has sent counts, also where the service is
+// late to read it because a thousand come at once. A socket that is one peer's
+// needs less.
 const (
 	maxSilent       = 64
 	maxSilentPinned = 2
+	maxSilence      = time.Second
 )
 
 // Server connects the clients of a socket to a link, one function for each.
@@ -44,7 +48,7 @@ type Server struct {
 	wg     sync.WaitGroup
 	mu     sync.Mutex
 	conns  map[io.Closer]struct{} // of all goroutines of wg
-	silent []*vfiouser.Server     // in the order in which they came
+	silent chan struct{}          // one for each silent client, and for the next to come
 }
 
 // Listen makes a link's socket. A socket that a dead service left behind is
@@ -58,26 +62,39 @@ func (s *Server) Serve(ctx context.Context, listener *net.UnixListener) error {
 		s.Log = slog.New(slog.DiscardHandler)
 	}
 	s.conns = map[io.Closer]struct{}{}
+	limit := maxSilent
+	if s.Options.Pin != nil {
+		limit = maxSilentPinned
+	}
+	s.silent = make(chan struct{}, limit)
+	s.silent <- struct{}{}
 	defer s.end()
 	return sockpath.Accept(ctx, listener, func(err error) {
 		s.Log.Error("cannot accept a client", "error", err)
-	}, s.connect)
+	}, func(conn *net.UnixConn) {
+		s.connect(conn)
+		select {
+		case s.silent <- struct{}{}:
+		case <-ctx.Done():
+		}
+	})
 }
 
 // connect serves a client in a goroutine. It becomes a peer when it has made
 // itself known by a VERSION message.
 func (s *Server) connect(conn *net.UnixConn) {
+	spoke := sync.OnceFunc(func() { <-s.silent })
 	who, err := fdpass.PeerCredentials(conn)
 	if err != nil {
+		spoke()
 		conn.Close()
 		s.Log.Error("cannot serve a client", "error", err)
 		return
 	}
 	process := slog.Group("process", "pid", who.Pid, "user", who.Uid)
 	var f *Function
-	var v *vfiouser.Server
-	v, err = vfiouser.NewServer(conn, func() (vfiouser.Device, error) {
-		s.spoke(v)
+	v, err := vfiouser.NewServer(conn, func() (vfiouser.Device, error) {
+		spoke()
 		if len(s.Users) > 0 && !slices.Contains(s.Users, who.Uid) {
 			return nil, fmt.Errorf("user %d is not allowed: %w", who.Uid, unix.EACCES)
 		}
@@ -87,14 +104,15 @@ func (s *Server) connect(conn *net.UnixConn) {
 		}
 		s.Log.Info("peer connected", "id", f.ID(), process)
 		return f, nil
-	}, vfiouser.ServerOptions{})
+	}, vfiouser.ServerOptions{VersionTimeout: maxSilence})
 	if err != nil {
+		spoke()
 		s.Log.Error("cannot serve a client", process, "error", err)
 		return
 	}
 	s.start(v, func() {
 		err := s.run(v)
-		s.spoke(v)
+		spoke()
 		ended := err == nil || errors.Is(err, net.ErrClosed)
 		switch {
 		case f == nil && ended:
@@ -147,30 +165,16 @@ func (s *Server) run(v *vfiouser.Server) (err error) {
 func (s *Server) start(v *vfiouser.Server, run func()) {
 	s.mu.Lock()
 	s.conns[v] = struct{}{}
-	s.silent = append(s.silent, v)
-	if len(s.silent) > maxSilent || s.Options.Pin != nil && len(s.silent) > maxSilentPinned {
-		s.silent[0].Close()
-		s.silent = s.silent[1:]
-	}
 	s.mu.Unlock()
 	s.wg.Go(func() {
-		// Never unlocked, so the thread ends with the connection: those of a
+		// Never unlocked, so a thread ends with the connection: those of a
 		// crowd that has left do not stay.
-		runtime.LockOSThread()
+		defer runtime.LockOSThread()
 		run()
 		s.mu.Lock()
 		delete(s.conns, v)
 		s.mu.Unlock()
 	})
-}
-
-// spoke takes a client from the list of the silent ones.
-func (s *Server) spoke(v *vfiouser.Server) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if i := slices.Index(s.silent, v); i >= 0 {
-		s.silent = slices.Delete(s.silent, i, i+1)
-	}
 }
 
 func (s *Server) end() {

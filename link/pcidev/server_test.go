@@ -139,7 +139,7 @@ func TestServerPeersComeAndGo(t *testing.T) {
 
 // TestServerSilence lets clients connect that say nothing, more than there are
 // peers and more than the service keeps: none takes a peer's place, those that
-// mean it get in, and the first ones that said nothing are closed.
+// mean it get in, and the ones that said nothing are closed.
 func TestServerSilence(t *testing.T) {
 	s := serve(t, link.Config{Peers: 2, Vectors: 1})
 	a := s.dial(t)
@@ -151,10 +151,91 @@ func TestServerSilence(t *testing.T) {
 	if ids := []uint32{register(t, a, regID), register(t, b, regID)}; ids[0] != 0 || ids[1] != 1 {
 		t.Errorf("IDs %d, want 0 and 1", ids)
 	}
-	// The last one was accepted before b was, and needed this one's place.
-	expectEnd(t, silent[maxSilent-1])
-	if n, _, err := unix.Recvfrom(silent[len(silent)-1], make([]byte, 1), unix.MSG_DONTWAIT); err != unix.EAGAIN {
-		t.Errorf("the last that connected: got %d, %v, want it to be open", n, err)
+	for _, fd := range silent {
+		expectEnd(t, fd)
+	}
+}
+
+// TestServerCrowd lets hundreds of clients, who have sent their VERSION, stand in
+// the queue of the socket before the service begins to accept, and among them
+// more that say nothing, or half a header, than the service keeps. Each of the
+// first kind becomes a peer; of the others no more stay than are kept.
+func TestServerCrowd(t *testing.T) {
+	const honest, quiet = 400, 80
+	l := newLink(t, link.Config{Peers: honest, Vectors: 1})
+	dir, err := os.MkdirTemp("", "pcidev")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	s := &service{path: filepath.Join(dir, "link"), link: l}
+	listener, err := Listen(s.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// A header of 16 bytes, ID 1, VERSION, 20 bytes in all; version 0.0.
+	hello := []byte{1, 0, 1, 0, 20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
+	var speakers, silent []int
+	for i := range honest + quiet {
+		fd := s.connect(t)
+		say := hello
+		switch i % 12 {
+		case 0:
+			say = nil
+			silent = append(silent, fd)
+		case 6:
+			say = hello[:8]
+			silent = append(silent, fd)
+		default:
+			speakers = append(speakers, fd)
+		}
+		if _, err := unix.Write(fd, say); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	server := &Server{Link: l}
+	go func() { done <- server.Serve(ctx, listener) }()
+	defer func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}()
+	refused := 0
+	for _, fd := range speakers {
+		reply := make([]byte, 20)
+		if n, err := unix.Read(fd, reply); n < 16 || err != nil || reply[8] != 1 { // type: reply, no error
+			refused++
+		}
+	}
+	if refused > 0 {
+		t.Errorf("%d of %d clients that had sent their VERSION did not become peers", refused, honest)
+	}
+	open := 0
+	for _, fd := range silent {
+		if _, _, err := unix.Recvfrom(fd, make([]byte, 1), unix.MSG_DONTWAIT); err == unix.EAGAIN {
+			open++
+		}
+	}
+	if open > maxSilent {
+		t.Errorf("%d of %d silent clients are connected, want at most %d", open, quiet, maxSilent)
+	}
+	// They do not keep others out.
+	for range maxSilent {
+		s.connect(t)
+	}
+	unix.Close(speakers[0])
+	for t.Context().Err() == nil {
+		c, err := vfiouser.Dial(t.Context(), s.path)
+		if err == nil {
+			c.Close()
+			break
+		}
+		if !errors.Is(err, unix.EBUSY) { // the ID may not be free yet
+			t.Fatal(err)
+		}
 	}
 }
 

@@ -436,16 +436,28 @@ func (c *connecting) crowd(ctx context.Context, name string, ivshmem2 bool, n, p
 	}
 	limited, cancel := context.WithTimeout(ctx, 8*time.Minute)
 	defer cancel()
-	seen := 0
+	// If one ends the others wait for ever, for the states of its peers.
+	type answer struct {
+		line string
+		err  error
+	}
+	answers := make(chan answer, len(children))
 	for _, p := range children {
-		line, err := p.Line(limited)
-		for errors.Is(err, context.DeadlineExceeded) && limited.Err() == nil {
-			line, err = p.Line(limited)
+		go func() {
+			line, err := p.Line(limited)
+			for errors.Is(err, context.DeadlineExceeded) && limited.Err() == nil {
+				line, err = p.Line(limited)
+			}
+			answers <- answer{line, err}
+		}()
+	}
+	seen := 0
+	for range children {
+		a := <-answers
+		if a.err != nil {
+			return a.err
 		}
-		if err != nil {
-			return err
-		}
-		k, err := strconv.Atoi(line)
+		k, err := strconv.Atoi(a.line)
 		if err != nil {
 			return err
 		}
