@@ -17,6 +17,7 @@ const maxIP = 65535
 type merger struct {
 	fd     int
 	move   mover
+	most   int // frames in a piece
 	prefix [vnetLen]byte
 	iovs   []unix.Iovec
 
@@ -34,7 +35,7 @@ type merger struct {
 // newMerger returns one that tells done how many frames were written, or not
 // and why.
 func newMerger(fd int, move mover, done func(frames int, err error)) *merger {
-	return &merger{fd: fd, move: move, iovs: make([]unix.Iovec, 0, 2+maxFrames), done: done}
+	return &merger{fd: fd, move: move, most: maxFrames, iovs: make([]unix.Iovec, 0, 2+maxFrames), done: done}
 }
 
 // write writes frames. What is in them may change meanwhile.
@@ -119,7 +120,7 @@ func (m *merger) mergeable(h headers, head, p []byte) bool {
 func (m *merger) follows(h headers, head []byte, n int) bool {
 	n -= h.len
 	switch {
-	case m.count == 0 || !m.open || m.count == maxFrames:
+	case m.count == 0 || !m.open || m.count == m.most:
 		return false
 	case h != m.headers || n > m.size || h.len-h.ip+m.data+n > maxIP:
 		return false

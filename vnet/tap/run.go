@@ -141,7 +141,6 @@ func (t *Interface) send(ctx context.Context, link *vnet.Link) error {
 	slots := slotsOf(link)
 	in := newSplitter(t.fd, t.move)
 	unflushed := 0
-	yielded := false
 	for {
 		n, err := slots.reserve(ctx, in.frames[:in.wanted()])
 		switch {
@@ -165,12 +164,6 @@ func (t *Interface) send(ctx context.Context, link *vnet.Link) error {
 		case err == unix.EAGAIN:
 			link.Flush()
 			unflushed = 0
-			if !yielded {
-				yielded = true
-				unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
-				continue
-			}
-			yielded = false
 			if _, err := t.set.Wait(); err != nil || ctx.Err() != nil {
 				return errors.Join(err, context.Cause(ctx))
 			}
@@ -192,7 +185,6 @@ func (t *Interface) send(ctx context.Context, link *vnet.Link) error {
 		case !recovers(err):
 			return err
 		}
-		yielded = false
 		if unflushed += len(lengths); unflushed >= flushEvery {
 			link.Flush()
 			unflushed = 0
@@ -257,6 +249,7 @@ func (t *Interface) receive(ctx context.Context, link *vnet.Link) error {
 			t.stats.refused.Add(uint64(n))
 		}
 	})
+	out.most = t.most
 	frames := make([][]byte, maxFrames)
 	for failed == nil {
 		n, err := slots.peek(ctx, frames)

@@ -40,6 +40,7 @@ type Interface struct {
 	index  int
 	stats  counters
 	move   mover
+	most   int // frames that are written in one piece
 	kick   int // eventfd that ends who sleeps
 	set    *evfd.Set
 	events *events
@@ -66,7 +67,7 @@ type Stats struct {
 
 // Open makes an interface, or takes one that is there. It is not up before Run.
 func Open(c Config) (*Interface, error) {
-	t := &Interface{fd: -1, kick: -1, move: transfer}
+	t := &Interface{fd: -1, kick: -1, move: transfer, most: maxFrames}
 	if err := t.open(c); err != nil {
 		t.Close()
 		return nil, err
