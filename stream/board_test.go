@@ -7,6 +7,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -33,6 +34,10 @@ type boardConfig struct {
 	vectors           int
 	readWrite, output uint64
 	silent            bool // no interrupts
+	// trap is what each look at a word of the State Table takes; may be nil.
+	trap func()
+	// delay is how long an interrupt is on its way.
+	delay time.Duration
 }
 
 // boardPeer is the device of one peer: a back end.
@@ -115,7 +120,12 @@ func must[T any](v T, err error) T {
 }
 
 // Load is the State Table.
-func (b *board) Load(peer uint32) (uint32, error) { return atomic.LoadUint32(&b.states[peer]), nil }
+func (b *board) Load(peer uint32) (uint32, error) {
+	if b.trap != nil {
+		b.trap()
+	}
+	return atomic.LoadUint32(&b.states[peer]), nil
+}
 
 func (p *boardPeer) Address() string                { return "board" }
 func (p *boardPeer) Driver() string                 { return "board" }
@@ -170,7 +180,18 @@ func (b *board) interrupt(peer uint32, vector int) {
 	if p.oneShot() {
 		p.control = 0
 	}
-	unix.Write(p.fds[vector], []byte{1, 0, 0, 0, 0, 0, 0, 0})
+	raise := func() { unix.Write(p.fds[vector], []byte{1, 0, 0, 0, 0, 0, 0, 0}) }
+	if b.delay == 0 {
+		raise()
+		return
+	}
+	time.AfterFunc(b.delay, func() {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		if !p.closed.Load() {
+			raise()
+		}
+	})
 }
 
 // setState sets a State, and tells the others. The caller holds b.mu.

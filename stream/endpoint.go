@@ -52,16 +52,21 @@ type Endpoint struct {
 	events shmem.Words // ring of events, and their counter
 	count  shmem.Words
 
+	spinLimit time.Duration // the longest that Adaptive looks
+
 	mu        sync.Mutex
 	err       error // why nothing works any more
 	conns     []*Conn
 	free      []uint32 // slots, the one that is free for longest first
 	remotes   map[uint32]*remote
 	listeners map[uint32]*Listener
-	dials     uint32 // for connection IDs
-	ports     uint32 // the last one given to a dialing end
-	written   uint64 // events
-	seen      uint64 // interrupts on vector 0, when the states were looked at
+	dials     uint32    // for connection IDs
+	ports     uint32    // the last one given to a dialing end
+	written   uint64    // events
+	seen      uint64    // interrupts on vector 0, when the states were looked at
+	stale     bool      // the states have to be looked at
+	looking   bool      // states is running, or about to
+	rested    time.Time // when they may be looked at again
 	stats     Stats
 
 	leader    *waiter
@@ -74,6 +79,7 @@ type Endpoint struct {
 	polling   bool    // doorbells wait until it is over
 	vacancy   *time.Timer
 	later     *time.Timer // for what pollLocked left to do
+	states    *time.Timer // for a look at the State Table
 	// leaderAsked is leaderReady, bound once.
 	leaderAsked func() bool
 }
@@ -107,6 +113,8 @@ func New(dev *ivshmem.Device, config Config) (*Endpoint, error) {
 		ep.unlock()
 	})
 	ep.later.Stop()
+	ep.states = time.AfterFunc(time.Hour, ep.glance)
+	ep.states.Stop()
 	if err := ep.open(); err != nil {
 		return nil, fmt.Errorf("streams over %s: %w", dev.Address(), err)
 	}
@@ -132,6 +140,7 @@ func (ep *Endpoint) open() error {
 			ep.vector = 1
 		}
 	}
+	ep.measureWake()
 	if err := ep.clear(); err != nil {
 		return err
 	}
@@ -139,9 +148,9 @@ func (ep *Endpoint) open() error {
 	if err := ep.dev.SetState(ep.epoch); err != nil {
 		return err
 	}
+	ep.lookAtStates()
 	ep.mu.Lock()
 	defer ep.unlock()
-	ep.lookAtStates()
 	if !ep.dev.HasInterrupts() {
 		ep.leader = &ep.caretaker
 		go ep.patrol()
@@ -218,6 +227,7 @@ func (ep *Endpoint) Close() error {
 	ep.unlock()
 	ep.vacancy.Stop()
 	ep.later.Stop()
+	ep.states.Stop()
 	err := ep.dev.SetState(0)
 	if errors.Is(err, ivshmem.ErrGone) {
 		return nil

@@ -116,12 +116,62 @@ func (ep *Endpoint) violation(peer uint32, err error) error {
 	return err
 }
 
-// lookAtStates finds out who came and who left. The caller holds ep.mu.
+// A State Table may trap: then each word of it is a message to the service, as
+// long as a round trip and more. So nobody waits for a look at it, no lock is
+// held meanwhile, and it takes a share of the time only, however many peers
+// there are and however often somebody rings.
+const (
+	glancePause = 5 * time.Millisecond
+	glanceShare = 10 // pause for so many times as long as the look took
+)
+
+// glanceSoon has the states looked at. The caller holds ep.mu.
+func (ep *Endpoint) glanceSoon() {
+	ep.stale = true
+	if !ep.looking {
+		ep.looking = true
+		ep.states.Reset(time.Until(ep.rested))
+	}
+}
+
+// glance looks at the states once.
+func (ep *Endpoint) glance() {
+	ep.mu.Lock()
+	ep.stale = false
+	ep.mu.Unlock()
+	begin := time.Now()
+	ep.lookAtStates()
+	now := time.Now()
+	ep.mu.Lock()
+	defer ep.mu.Unlock()
+	ep.rested = now.Add(max(glancePause, glanceShare*now.Sub(begin)))
+	ep.looking = false
+	if ep.stale && ep.err == nil {
+		ep.glanceSoon()
+	}
+}
+
+// lookAtStates finds out who came and who left.
 func (ep *Endpoint) lookAtStates() {
 	for peer := range ep.dev.MaxPeers() {
-		if peer != ep.dev.ID() {
-			// Whoever speaks something else is told when dialed.
+		if peer == ep.dev.ID() {
+			continue
+		}
+		state, err := ep.dev.State(peer)
+		ep.mu.Lock()
+		known := uint32(0)
+		if r := ep.remotes[peer]; r != nil {
+			known = r.epoch
+		}
+		if err == nil && state != known && ep.err == nil {
+			// It looks again: who dialed meanwhile may know better. Whoever
+			// speaks something else is told when dialed.
 			ep.remote(peer)
+		}
+		ended := ep.err != nil
+		ep.unlock()
+		if ended {
+			return
 		}
 	}
 }
@@ -156,7 +206,7 @@ func (ep *Endpoint) pollLocked() {
 	// where those that come too fast are lost, any time.
 	if n := ep.dev.Interrupts(0); n != ep.seen || !ep.dev.HasInterrupts() || ep.dev.OneShot() {
 		ep.seen = n
-		ep.lookAtStates()
+		ep.glanceSoon()
 	}
 	ep.polling = true
 	more := false

@@ -1,6 +1,7 @@
 package stream
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"runtime"
@@ -26,12 +27,13 @@ const (
 )
 
 const (
-	// spinLimit is the longest that Adaptive looks: about as long as it takes
-	// to wake up.
-	spinLimit = 50 * time.Microsecond
-	// paidOff is how long a wait that ended with a sleep may have taken for
-	// looking to be worth trying again.
-	paidOff = 2 * spinLimit
+	// An endpoint's spinLimit is the longest that Adaptive looks: about as long as
+	// it takes the peer to wake up and answer. With less, two that are busy with
+	// each other would never look again once both have slept.
+	minSpinLimit, maxSpinLimit = 50 * time.Microsecond, 2 * time.Millisecond
+	// A wait that ended with a sleep, and took no longer than so many limits, says
+	// that looking is worth trying again.
+	paidOff = 2
 	// spinStride is how many looks there are between two readings of the clock.
 	spinStride = 32
 )
@@ -70,7 +72,7 @@ type waiter struct {
 
 func (w *waiter) init(ep *Endpoint, ready func() bool) {
 	w.ep, w.ready, w.wake = ep, ready, make(chan bool, 1)
-	w.spin = spinLimit
+	w.spin = ep.spinLimit
 }
 
 func (w *waiter) done() bool { return w.ready() || w.stop.Load() != 0 }
@@ -104,7 +106,7 @@ func (w *waiter) adapt(arm func()) {
 		found := w.look(w.spin)
 		stopSpinning()
 		if found {
-			w.spin = spinLimit
+			w.spin = w.ep.spinLimit
 			return
 		}
 		w.spin /= 2
@@ -113,9 +115,37 @@ func (w *waiter) adapt(arm func()) {
 		}
 	}
 	w.sleep(arm)
-	if time.Since(start) < paidOff {
-		w.spin = spinLimit
+	if time.Since(start) < paidOff*w.ep.spinLimit {
+		w.spin = w.ep.spinLimit
 	}
+}
+
+// measureWake sets spinLimit. What a doorbell takes is very different: between
+// host processes it is a system call, from a guest an exit to the hypervisor,
+// and a message to the service. So the endpoint rings itself. The interrupt is
+// there when the call has hardly returned: to sleep and to wake takes longer.
+func (ep *Endpoint) measureWake() {
+	const rings, patience, times = 3, 10 * time.Millisecond, 4
+	ep.spinLimit = minSpinLimit
+	if !ep.dev.HasInterrupts() {
+		return
+	}
+	best := time.Duration(maxSpinLimit)
+	for range rings {
+		before := ep.dev.Interrupts(ep.vector)
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		begin := time.Now()
+		err := ep.dev.Ring(ep.dev.ID(), ep.vector)
+		if err == nil {
+			err = ep.dev.Wait(ctx, nil, func() bool { return ep.dev.Interrupts(ep.vector) != before })
+		}
+		best = min(best, time.Since(begin))
+		cancel()
+		if err != nil { // whatever it is, it shows elsewhere
+			return
+		}
+	}
+	ep.spinLimit = min(max(times*best, minSpinLimit), maxSpinLimit)
 }
 
 // look looks for the condition, for a time limit if it is not 0.

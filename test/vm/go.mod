@@ -1,11 +1,13 @@
 module github.com/ivshmem-go/ivshmem/test/vm
 
-go 1.26.0
+go 1.26.3
 
 require (
 	github.com/ivshmem-go/ivshmem v0.0.0-00010101000000-000000000000
 	github.com/u-root/u-root v0.16.0
 	github.com/ulikunitz/xz v0.5.15
+	github.com/vishvananda/netlink v1.3.1
+	github.com/vishvananda/netns v0.0.5
 	golang.org/x/sys v0.49.0
 )
 

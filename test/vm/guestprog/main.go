@@ -14,6 +14,7 @@ import (
 
 var programs = map[string]func(ctx context.Context, args []string) (any, error){
 	"bar2":      bar2,
+	"bench":     benchOther,
 	"churn":     churn,
 	"copies":    copies,
 	"cost":      cost,

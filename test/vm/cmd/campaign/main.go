@@ -48,7 +48,10 @@ var campaigns = []campaign{
 	{"doorbell-cost", "the way of a doorbell hop by hop, beside the ivshmem v1 of QEMU", time.Second, doorbellCost},
 	{"pingpong", "round trips of two host processes against the floor of the machine", 10 * time.Second, pingPong},
 	{"bench", "streams of two host processes against the floors of the machine, and against what is used instead", time.Second, bench},
+	{"bench-guests", "the same between two guests, beside the other devices that QEMU joins them by", time.Second, benchGuests},
 	{"streams", "a transfer over streams between two host processes that are killed at any moment", 6 * time.Second, streams},
+	{"vnet", "virtual Ethernet between two guests, as people use a network", 10 * time.Second, ethernet},
+	{"vnet-bench", "virtual Ethernet on the host against veth and against a forwarder, and what its time goes into", time.Second, ethernetBench},
 	{"fuzz", "all fuzzers, DURATION each", 3 * time.Second, fuzz},
 }
 
@@ -127,12 +130,15 @@ func (r *Report) say(format string, args ...any) {
 }
 
 func main() {
-	if len(os.Args) > 2 && os.Args[1] == floorPoller {
-		if err := poller(os.Args[2:]); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
+	if len(os.Args) > 2 {
+		// What it starts itself for.
+		if f := map[string]func([]string) error{floorPoller: poller}[os.Args[1]]; f != nil {
+			if err := f(os.Args[2:]); err != nil {
+				fmt.Fprintln(os.Stderr, err)
+				os.Exit(1)
+			}
+			return
 		}
-		return
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	code := run(ctx, os.Args[1:])
