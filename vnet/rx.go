@@ -24,6 +24,7 @@ const budget = 64
 // receiver is the peer's queue.
 type receiver struct {
 	queue
+	observer    observer
 	own         *shmem.ReadWrite
 	descriptors shmem.ReadWords // of peer
 	peer        *shmem.ReadOnly
@@ -83,6 +84,7 @@ func (r *receiver) peek() (frame, error) {
 			return f, nil
 		}
 		*cause++
+		r.observer.dropped(false, nil, r.stats.reason(cause))
 		r.finish(f)
 	}
 	return frame{}, errBudget
@@ -208,6 +210,7 @@ func (l *Link) UnsafeRelease() error {
 func (r *receiver) count() {
 	r.stats.Frames++
 	r.stats.Bytes += r.frame.length
+	r.observer.frame(r.peer, r.frame.at, r.frame.length, Frame{})
 }
 
 // Receive copies the next frame into p and returns its length. It waits as
@@ -236,6 +239,7 @@ func (r *receiver) copy(p []byte) (int, error) {
 	n := int(r.frame.length)
 	if n > len(p) {
 		r.stats.ShortBuffer++
+		r.observer.frame(r.peer, r.frame.at, r.frame.length, Frame{Dropped: "longer than the receiver's buffer"})
 		r.finish(r.frame)
 		return 0, io.ErrShortBuffer
 	}

@@ -20,6 +20,7 @@ const lookEvery = 32
 // descriptor is that of its entry in the ring, and of its frame.
 type sender struct {
 	queue
+	observer    observer
 	own         *shmem.ReadWrite
 	descriptors shmem.Words // of own
 	peer        *shmem.ReadOnly
@@ -179,6 +180,7 @@ func (t *sender) commit(n int) {
 	t.reserved = false
 	t.stats.Frames++
 	t.stats.Bytes += uint64(n)
+	t.observer.frame(t.own, t.header+t.position, uint64(n), Frame{Sent: true})
 }
 
 // flush rings the peer if it asked for that.
@@ -291,6 +293,7 @@ func (l *Link) put(ctx context.Context, frame []byte) error {
 		t.mu.Lock()
 		err := t.check(len(frame))
 		if err != nil {
+			t.observer.dropped(true, frame, "length")
 			t.mu.Unlock()
 			return err
 		}
@@ -303,6 +306,7 @@ func (l *Link) put(ctx context.Context, frame []byte) error {
 		}
 		if err == ErrNoCarrier {
 			t.stats.NoCarrier++
+			t.observer.dropped(true, frame, "no carrier")
 		}
 		session := t.session
 		t.mu.Unlock()

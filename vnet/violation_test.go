@@ -148,3 +148,14 @@ func TestViolationWhileWaiting(t *testing.T) {
 	r.ring()
 	violated(t, l, r, <-result, "used", 40000)
 }
+
+// TestOneResetIsEnough has both directions find a violation: the one that comes
+// second, when all is well again, resets nothing.
+func TestOneResetIsEnough(t *testing.T) {
+	l, r := against(t, 0x1000, vnet.Config{})
+	l.ViolatedBefore()
+	if s := l.Stats(); !s.Carrier || s.Resets != (vnet.ResetStats{}) || s.Violations.UsedID != 1 {
+		t.Errorf("%+v", s)
+	}
+	works(t, l, r)
+}

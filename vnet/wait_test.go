@@ -274,6 +274,41 @@ func TestStateTableIsLeftAlone(t *testing.T) {
 	}
 }
 
+// TestDisarmed has the peer leave just when a doorbell has disarmed the device, in
+// one-shot mode: that interrupt is lost, and the state is looked at all the
+// same.
+func TestDisarmed(t *testing.T) {
+	b := newBoard(t, 0x4000, 2)
+	r := newRaw(t, b, 1)
+	l := open(t, b.device(t, 0, oneShots), vnet.Config{})
+	received := make(chan error)
+	go func() {
+		var err error
+		for p := make([]byte, vnet.MaxFrame); err == nil; {
+			_, err = l.Receive(context.Background(), p)
+		}
+		received <- err
+	}()
+	for range 20 {
+		r.start()
+		carrier(t, true, l)
+		until(t, "the receiver waits", func() bool {
+			b.mu.Lock()
+			defer b.mu.Unlock()
+			return b.peers[0].control != 0 && !l.Caretaking()
+		})
+		b.mu.Lock()
+		b.interrupt(0, 1)
+		b.setState(1, 0)
+		b.mu.Unlock()
+		carrier(t, false, l)
+	}
+	l.Close()
+	if err := <-received; !errors.Is(err, os.ErrClosed) {
+		t.Error(err)
+	}
+}
+
 // TestCaretaker has the caretaker leave while somebody waits, so that the kernel
 // wakes that one itself, and come back.
 func TestCaretaker(t *testing.T) {

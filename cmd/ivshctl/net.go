@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -23,7 +22,7 @@ func (p *program) netCommand() *cli.Command {
 	return &cli.Command{
 		Name: "net", Usage: "virtual Ethernet with the other peer, as ivshmem-net has it",
 		Action: unknownCommand, OnUsageError: onUsageError,
-		Subcommands: []*cli.Command{p.netUpCommand(), p.netStatusCommand(), p.netDownCommand()},
+		Subcommands: []*cli.Command{p.netUpCommand(), p.netStatusCommand(), p.netDownCommand(), p.netCaptureCommand(), p.netForwardCommand(), p.netPingCommand()},
 	}
 }
 
@@ -40,58 +39,71 @@ Example: ivshctl serve --protocol 1 --peers 2 --vectors 2 --rw 0 --output 1M
          ivshctl net up --address 10.0.0.1/24`,
 		Flags: []cli.Flag{deviceFlag,
 			&cli.StringFlag{Name: "name", Usage: "`NAME` of the interface; %d is the first free number", Value: "ivsh%d"},
-			&cli.StringFlag{Name: "mac", Usage: "`ADDRESS` (default: a random one)"},
-			&cli.IntFlag{Name: "mtu", Usage: "largest `BYTES` after the header (default: what an interface that is there has; Linux's default for the link)"},
-			&cli.StringSliceFlag{Name: "address", Usage: "`IP/BITS`, any number of times"}},
+			&cli.StringSliceFlag{Name: "address", Usage: "`IP/BITS`, any number of times"},
+			macFlag, mtuFlag, pcapFlag},
 		Action: p.netUp,
 	})
 }
 
-func (p *program) netUp(c *cli.Context) (err error) {
-	config := tap.Config{Name: c.String("name"), MTU: c.Int("mtu")}
-	if s := c.String("mac"); s != "" {
-		if config.MAC, err = net.ParseMAC(s); err != nil || len(config.MAC) != 6 || config.MAC[0]&1 != 0 {
-			return usagef("--mac %q: expected a unicast address such as 02:00:00:00:00:01", s)
-		}
+var (
+	macFlag = &cli.StringFlag{Name: "mac", Usage: "own Ethernet `ADDRESS` (default: a random one)"}
+	mtuFlag = &cli.IntFlag{Name: "mtu", Usage: "largest packet in `BYTES` (default: that of an interface that is there; else Linux's for the link)"}
+)
+
+func macAddress(c *cli.Context) (net.HardwareAddr, error) {
+	s := c.String("mac")
+	if s == "" {
+		return nil, nil
 	}
+	mac, err := net.ParseMAC(s)
+	if err != nil || len(mac) != 6 || mac[0]&1 != 0 {
+		return nil, usagef("--mac %q: expected a unicast address such as 02:00:00:00:00:01", s)
+	}
+	return mac, nil
+}
+
+func addresses(c *cli.Context) (all []netip.Prefix, err error) {
 	for _, s := range c.StringSlice("address") {
 		a, err := netip.ParsePrefix(s)
 		if err != nil {
-			return usagef("--address %q: expected an address such as 10.0.0.1/24", s)
+			return nil, usagef("--address %q: expected an address such as 10.0.0.1/24", s)
 		}
-		config.Addresses = append(config.Addresses, a)
+		all = append(all, a)
+	}
+	return all, nil
+}
+
+func (p *program) netUp(c *cli.Context) (err error) {
+	config := tap.Config{Name: c.String("name"), MTU: c.Int("mtu")}
+	if config.MAC, err = macAddress(c); err != nil {
+		return err
+	}
+	if config.Addresses, err = addresses(c); err != nil {
+		return err
 	}
 	if config.MTU < 0 || config.MTU > tap.MaxMTU {
 		return usagef("--mtu %d: expected at most %d", config.MTU, tap.MaxMTU)
 	}
-	d, err := ivshmem.Open(c.String("device"))
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	link, err := vnet.Open(d, vnet.Config{MTU: config.MTU})
-	if err != nil {
-		return err
-	}
-	defer link.Close()
-	t, err := tap.Open(config)
-	if err != nil {
-		return err
-	}
-	defer t.Close()
-	ctx, cancel := context.WithCancel(c.Context)
-	defer cancel()
-	control, err := serveControl(t.Name(), func() any { return netStatusOf(link, t) }, cancel)
-	if err != nil {
-		return err
-	}
-	defer control.Close()
-	fmt.Fprintf(p.out, "ready %s\n", t.Name())
-	err = t.Run(ctx, link)
-	if errors.Is(err, context.Canceled) {
-		return nil
-	}
-	return err
+	return p.withLink(c, func(ctx context.Context, frames *captures) error {
+		link := frames.link
+		t, err := tap.Open(config)
+		if err != nil {
+			return err
+		}
+		defer t.Close()
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		control := &control{
+			name: t.Name(), down: cancel, captures: frames,
+			status: func() any { return netStatusOf(link, t) },
+		}
+		if err := control.listen(); err != nil {
+			return err
+		}
+		defer control.close()
+		fmt.Fprintf(p.out, "ready %s\n", t.Name())
+		return t.Run(ctx, link)
+	})
 }
 
 // netStatus is what `net status` knows of an interface.
@@ -207,14 +219,11 @@ func (p *program) netDownCommand() *cli.Command {
 	return command(1, &cli.Command{
 		Name: "down", Usage: "end a `net up`: yours, or any for root", ArgsUsage: "[INTERFACE]",
 		Action: func(c *cli.Context) error {
-			names, err := netNames(c)
+			name, err := netName(c)
 			if err != nil {
 				return err
 			}
-			if len(names) != 1 {
-				return usagef("net down: expected INTERFACE, one of %s", strings.Join(names, ", "))
-			}
-			_, err = askControl(names[0], "down")
+			_, err = askControl(name, "down")
 			return err
 		},
 	})
@@ -226,4 +235,18 @@ func netNames(c *cli.Context) ([]string, error) {
 		return []string{c.Args().First()}, nil
 	}
 	return controlled()
+}
+
+// netName is the interface that is named, or the only one.
+func netName(c *cli.Context) (string, error) {
+	names, err := netNames(c)
+	switch {
+	case err != nil:
+		return "", err
+	case len(names) == 0:
+		return "", fmt.Errorf("%w: no `ivshctl net up` runs in this network name space", ivshmem.ErrNotFound)
+	case len(names) > 1:
+		return "", usagef("%s: expected INTERFACE, one of %s", c.Command.Name, strings.Join(names, ", "))
+	}
+	return names[0], nil
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -20,61 +21,82 @@ import (
 
 // A `net up` listens on a socket of the kernel's abstract name space, which a
 // network name space has its own of, as it has of interfaces, and which leaves
-// nothing behind. Who connects says a word and is answered by a line of JSON.
+// nothing behind. Who connects says a word: "status" is answered by a line of
+// JSON; "down" by the end of the process, and "capture" by frames, for its user
+// and root.
 const controlPrefix = "@ivshmem-net/"
 
 // controlPatience is how long either side waits for the other.
 const controlPatience = 10 * time.Second
 
-// serveControl answers "status" with what status returns, and calls down on
-// "down" by the same user or root.
-func serveControl(name string, status func() any, down func()) (net.Listener, error) {
-	l, err := net.Listen("unix", controlPrefix+name)
-	if err != nil {
-		return nil, fmt.Errorf("interface %s: %w: another `ivshctl net up` has it", name, err)
+// control is what others can ask of a `net up`.
+type control struct {
+	name     string
+	status   func() any
+	down     func()
+	captures *captures
+
+	listener net.Listener
+}
+
+// listen begins to answer.
+func (c *control) listen() (err error) {
+	if c.listener, err = net.Listen("unix", controlPrefix+c.name); err != nil {
+		return fmt.Errorf("interface %s: %w: another `ivshctl net up` has it", c.name, err)
 	}
 	go func() {
 		for {
-			conn, err := l.Accept()
+			conn, err := c.listener.Accept()
 			if err != nil {
 				return
 			}
-			go answerControl(conn.(*net.UnixConn), status, down)
+			go c.answer(conn.(*net.UnixConn))
 		}
 	}()
-	return l, nil
+	return nil
 }
 
-func answerControl(conn *net.UnixConn, status func() any, down func()) {
+func (c *control) close() { c.listener.Close() }
+
+func (c *control) answer(conn *net.UnixConn) {
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(controlPatience))
-	word := make([]byte, 16)
-	n, err := conn.Read(word)
+	b := make([]byte, 16)
+	n, err := conn.Read(b)
 	if err != nil {
 		return
 	}
-	var answer any
-	switch strings.TrimSpace(string(word[:n])) {
-	case "status":
-		answer = status()
-	case "down":
-		cred, err := fdpass.PeerCredentials(conn)
-		if err != nil || cred.Uid != 0 && cred.Uid != uint32(os.Geteuid()) {
-			answer = map[string]string{"refused": "not your interface"}
-			break
-		}
-		down()
-		// The end of the process is the answer.
-		conn.SetDeadline(time.Time{})
-		io.Copy(io.Discard, conn)
+	word := string(b[:n])
+	if word == "status" {
+		json.NewEncoder(conn).Encode(c.status())
 		return
 	}
-	json.NewEncoder(conn).Encode(answer)
+	cred, err := fdpass.PeerCredentials(conn)
+	if err != nil || cred.Uid != 0 && cred.Uid != uint32(os.Geteuid()) {
+		io.WriteString(conn, refused)
+		return
+	}
+	conn.SetDeadline(time.Time{})
+	switch word {
+	case "down":
+		c.down()
+		io.Copy(io.Discard, conn) // until the process ends
+	case "capture":
+		one, err := c.captures.begin(conn, c.name)
+		if err != nil {
+			return
+		}
+		io.Copy(io.Discard, conn) // until the reader ends
+		conn.SetDeadline(time.Unix(1, 0))
+		c.captures.end(one)
+	}
 }
 
-// askControl asks the `net up` of an interface. "down" returns when it has
-// ended.
-func askControl(name, word string) (json.RawMessage, error) {
+// refused is the answer to who must not ask.
+const refused = "refused\n"
+
+// dialControl asks the `net up` of an interface.
+func dialControl(name, word string) (*net.UnixConn, error) {
 	conn, err := net.Dial("unix", controlPrefix+name)
 	if errors.Is(err, unix.ECONNREFUSED) {
 		return nil, fmt.Errorf("%w: interface %s: expected one that `ivshctl net up` runs in this network name space: `ivshctl net status` lists them", ivshmem.ErrNotFound, name)
@@ -82,24 +104,58 @@ func askControl(name, word string) (json.RawMessage, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(controlPatience))
 	if _, err := io.WriteString(conn, word); err != nil {
+		conn.Close()
 		return nil, err
 	}
-	b, err := bufio.NewReader(conn).ReadBytes('\n')
-	if word == "down" {
-		switch {
-		case len(b) > 0:
-			return nil, fmt.Errorf("interface %s: it was brought up by another user: run as root", name)
-		case err == io.EOF || errors.Is(err, unix.ECONNRESET):
-			return nil, nil
-		}
-	}
+	return conn.(*net.UnixConn), nil
+}
+
+func refusedError(name string) error {
+	return fmt.Errorf("interface %s: it was brought up by another user: run as root", name)
+}
+
+// askControl asks for "status", or "down": that returns when it has ended.
+func askControl(name, word string) (json.RawMessage, error) {
+	conn, err := dialControl(name, word)
 	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	b, err := bufio.NewReader(conn).ReadBytes('\n')
+	switch {
+	case string(b) == refused:
+		return nil, refusedError(name)
+	case word == "down" && (err == io.EOF || errors.Is(err, unix.ECONNRESET)):
+		return nil, nil
+	case err != nil:
 		return nil, fmt.Errorf("interface %s: %w", name, err)
 	}
 	return b, nil
+}
+
+// readCapture writes an interface's frames to the output until either ends.
+func (p *program) readCapture(ctx context.Context, name string) error {
+	conn, err := dialControl(name, "capture")
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Time{})
+	defer context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })()
+	r := bufio.NewReaderSize(conn, 256<<10)
+	if b, err := r.Peek(len(refused)); err == nil && string(b) == refused {
+		return refusedError(name)
+	}
+	_, err = io.Copy(p.out, r)
+	switch {
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case errors.Is(err, unix.ECONNRESET): // the other side ended
+		return nil
+	}
+	return err
 }
 
 // controlled lists the interfaces that a `net up` runs in this network name

@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -12,7 +11,6 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"github.com/ivshmem-go/ivshmem/internal/relay"
 	"github.com/ivshmem-go/ivshmem/stream"
 )
 
@@ -33,8 +31,8 @@ Example: ivshctl proxy :22 tcp:127.0.0.1:22
 			&cli.StringFlag{Name: "ca", Usage: "`FILE` with the certificates of the authority (PEM)"}},
 		Action: func(c *cli.Context) error {
 			args := c.Args().Slice()
-			if len(args) == 0 || len(args)%2 != 0 {
-				return usagef("proxy: expected pairs of FROM and TO, found %d arguments", len(args))
+			if err := checkPairs("proxy", args); err != nil {
+				return err
 			}
 			config, err := tlsConfig(c.String("cert"), c.String("key"), c.String("ca"))
 			if err != nil {
@@ -42,34 +40,7 @@ Example: ivshctl proxy :22 tcp:127.0.0.1:22
 			}
 			return p.withEndpoint(c, func(ctx context.Context, ep *stream.Endpoint) error {
 				x := &proxy{ep, config}
-				ctx, cancel := context.WithCancel(ctx)
-				defer cancel()
-				var routes []*relay.Route
-				for i := 0; i < len(args); i += 2 {
-					l, err := x.listen(args[i])
-					if err != nil {
-						return err
-					}
-					defer l.Close()
-					dial, err := x.dialer(args[i+1])
-					if err != nil {
-						return err
-					}
-					routes = append(routes, &relay.Route{Listener: l, Dial: dial, Failed: func(err error) {
-						fmt.Fprintf(p.err, "ivshctl: proxy: %v\n", err)
-					}})
-				}
-				ended := make(chan error, len(routes))
-				for _, r := range routes {
-					fmt.Fprintf(p.out, "ready %v\n", r.Listener.Addr())
-					go func() { ended <- r.Run(ctx) }()
-				}
-				var err error
-				for range routes {
-					err = errors.Join(err, <-ended)
-					cancel()
-				}
-				return err
+				return p.relay(ctx, "proxy", args, x.listen, x.dialer)
 			})
 		},
 	})
@@ -99,7 +70,7 @@ func (x *proxy) listen(s string) (net.Listener, error) {
 	return nil, usagef("proxy: FROM %q: expected tcp:HOST:PORT, unix:PATH or :PORT", s)
 }
 
-func (x *proxy) dialer(s string) (func(context.Context) (net.Conn, error), error) {
+func (x *proxy) dialer(s string) (dialFunc, error) {
 	network, address, _ := strings.Cut(s, ":")
 	switch {
 	case network == "tcp" && x.tls != nil:

@@ -61,6 +61,8 @@ var rules = map[string]rule{
 		why: "a protocol knows a device, and not what carries it"},
 	"vnet/tap": {own: []string{"vnet", "internal/evfd"}, others: []string{unix, "github.com/vishvananda/netlink"},
 		why: "between virtual Ethernet and the kernel's"},
+	"internal/capture": {own: []string{"vnet"}, others: []string{"github.com/gopacket/gopacket", "github.com/gopacket/gopacket/layers", "github.com/gopacket/gopacket/pcapgo"},
+		why: "frames to a file"},
 	"vnet/netstack": {own: []string{"vnet"}, others: []string{"gvisor.dev/gvisor/..."},
 		why: "the only place that knows gVisor"},
 	"ivshmemtest": {own: []string{"", "link", "link/pcidev"}, others: []string{unix}, why: "for tests: the service and its peers in one process"},
@@ -70,7 +72,7 @@ var rules = map[string]rule{
 	"internal/compare":  {others: []string{unix}, why: "what a link is compared with is nothing of ours"},
 	"internal/pingpong": {own: []string{"", "shmem", "stream"}, others: []string{unix, "github.com/HdrHistogram/hdrhistogram-go"},
 		why: "a protocol never knows what carries it"},
-	"cmd/ivshctl": {own: []string{"", "regs", "shmem", "link", "link/pcidev", "link/ivshsock", "internal/sockpath", "stream", "vnet", "vnet/tap", "internal/fdpass", "internal/filecopy", "internal/relay", "internal/sysfs"}, others: []string{unix, "github.com/urfave/cli/v2"},
+	"cmd/ivshctl": {own: []string{"", "regs", "shmem", "link", "link/pcidev", "link/ivshsock", "internal/sockpath", "stream", "vnet", "vnet/netstack", "vnet/tap", "internal/capture", "internal/fdpass", "internal/filecopy", "internal/relay", "internal/sysfs"}, others: []string{unix, "github.com/urfave/cli/v2"},
 		why: "commands parse, call and print"},
 	"examples/http":   {own: []string{"", "stream"}, why: "what a user would write"},
 	"examples/rpc":    {own: []string{"", "stream"}, why: "what a user would write"},
@@ -132,6 +134,8 @@ func TestImports(t *testing.T) {
 // to be seen in a review.
 var linked = []string{
 	"github.com/cpuguy83/go-md2man/v2", // of urfave/cli
+	"github.com/google/btree",          // of gvisor
+	"github.com/gopacket/gopacket",
 	"github.com/ivshmem-go/ivshmem",
 	"github.com/russross/blackfriday/v2", // of urfave/cli
 	"github.com/u-root/u-root",
@@ -139,7 +143,11 @@ var linked = []string{
 	"github.com/vishvananda/netlink",
 	"github.com/vishvananda/netns",
 	"github.com/xrash/smetrics", // of urfave/cli
+	"golang.org/x/exp",          // of gopacket
+	"golang.org/x/net",          // of gopacket
 	"golang.org/x/sys",
+	"golang.org/x/time", // of gvisor
+	"gvisor.dev/gvisor",
 }
 
 func TestLinkedModules(t *testing.T) {
