@@ -115,36 +115,40 @@ func benchContestants(r *Report, floor, ours, self string) []contestant {
 	if r.Quick {
 		few, many, messages, blocks = "300", "5000", "200000", "1000"
 	}
-	list := []contestant{}
-	for _, f := range [][2]string{
-		{"poll", many}, {"poll64", many}, {"eventfd", few}, {"memcpy", blocks},
-		{"pipe", blocks}, {"stream", blocks}, {"tcp", blocks}, {"seqpacket", many},
-	} {
-		list = append(list, contestant{"floor " + f[0], []string{floor, f[0], f[1], "500", "0", "1"}})
+	floors := func(name, count string) contestant {
+		return contestant{"floor " + name, []string{floor, name, count, "500", "0", "1"}}
 	}
-	list = append(list, contestant{"floor poller", []string{self, floorPoller, few}})
-	for _, o := range [][2]string{
-		{"section poll", "--over section --mode poll --batch 16 --count " + many},
-		{"section thread", "--over section --mode interrupt --count " + few},
-		{"section poller", "--over section --mode interrupt --sleep poller --count " + few},
-		{"messages poll", "--over messages --mode poll --batch 16 --count " + many},
-		{"messages adaptive", "--over messages --mode adaptive --batch 16 --count " + many},
-		{"conn poll", "--over conn --mode poll --batch 16 --count " + many},
-		{"conn throughput", "--over conn --mode adaptive --measure throughput --size 64K --warmup 500 --count " + blocks},
-		{"messages rate", "--over messages --mode adaptive --measure rate --count " + messages},
-		{"messages 64 peers", "--over messages --mode poll --batch 16 --peers 62 --count " + many},
-		{"messages 1 conn", "--over messages --mode poll --batch 16 --conns 1 --count " + many},
-		{"messages 1000 conns", "--over messages --mode poll --batch 16 --conns 1000 --count " + many},
-		{"asleep 1 conn", "--over messages --mode interrupt --conns 1 --count " + few},
-		{"asleep 1000 conns", "--over messages --mode interrupt --conns 1000 --count " + few},
-	} {
-		args := append([]string{ours, "--json", "--cpus", "0,1"}, strings.Fields(o[1])...)
+	own := func(name, options string) contestant {
+		args := append([]string{ours, "--json", "--cpus", "0,1"}, strings.Fields(options)...)
 		if r.Sabotage {
 			args = append(args, "--size", "4") // less than a message can be
 		}
-		list = append(list, contestant{o[0], args})
+		return contestant{name, args}
 	}
-	return list
+	// What is compared with each other runs one right after the other: where the
+	// host puts two virtual CPUs changes by the second, and with it all times.
+	return []contestant{
+		floors("poll", many),
+		own("section poll", "--over section --mode poll --batch 16 --count "+many),
+		own("messages poll", "--over messages --mode poll --batch 16 --count "+many),
+		floors("poll64", many),
+		own("conn poll", "--over conn --mode poll --batch 16 --count "+many),
+		own("messages adaptive", "--over messages --mode adaptive --batch 16 --count "+many),
+		own("messages 64 peers", "--over messages --mode poll --batch 16 --peers 62 --count "+many),
+		own("messages 1 conn", "--over messages --mode poll --batch 16 --conns 1 --count "+many),
+		own("messages 1000 conns", "--over messages --mode poll --batch 16 --conns 1000 --count "+many),
+		floors("eventfd", few),
+		own("section thread", "--over section --mode interrupt --count "+few),
+		own("section poller", "--over section --mode interrupt --sleep poller --count "+few),
+		{"floor poller", []string{self, floorPoller, few}},
+		floors("memcpy", blocks),
+		own("conn throughput", "--over conn --mode adaptive --measure throughput --size 64K --warmup 500 --count "+blocks),
+		floors("stream", blocks), floors("pipe", blocks), floors("tcp", blocks),
+		floors("seqpacket", many),
+		own("messages rate", "--over messages --mode adaptive --measure rate --count "+messages),
+		own("asleep 1 conn", "--over messages --mode interrupt --conns 1 --count "+few),
+		own("asleep 1000 conns", "--over messages --mode interrupt --conns 1000 --count "+few),
+	}
 }
 
 var benchBars = []bar{
