@@ -20,7 +20,6 @@ func (l *Link) UnsafeReserveAll(ctx context.Context, frames [][]byte) (n int, er
 	if !t.reserved { // reset just now: committing will tell
 		return 1, nil
 	}
-	t.more = append(t.more[:0], t.position)
 	tail := t.tail
 	if t.outstanding() == 0 {
 		tail = t.position
@@ -66,7 +65,6 @@ func (l *Link) UnsafeCommitAll(lengths []int) error {
 		t.position = t.more[i]
 		t.commit(n)
 	}
-	t.more = t.more[:0]
 	return nil
 }
 

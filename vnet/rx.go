@@ -189,23 +189,7 @@ func (l *Link) UnsafePeek(ctx context.Context) ([]byte, error) {
 
 // UnsafeRelease returns the frame that UnsafePeek gave to the peer. [ErrReset]
 // says that its bytes may have been anything.
-func (l *Link) UnsafeRelease() error {
-	r := &l.rx
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	held := r.held && r.running && r.waiting == r.session
-	r.held = false
-	switch {
-	case r.err != nil:
-		return r.err
-	case !held:
-		r.stats.Reset++
-		return ErrReset
-	}
-	r.count()
-	r.finish(r.frame)
-	return nil
-}
+func (l *Link) UnsafeRelease() error { return l.UnsafeReleaseAll(1) }
 
 func (r *receiver) count() {
 	r.stats.Frames++

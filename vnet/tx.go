@@ -43,7 +43,7 @@ type sender struct {
 	at       []uint64
 	reserved bool
 	position uint64   // of what is reserved
-	more     []uint64 // the same, where it is several
+	more     []uint64 // of all that is
 	// What is waited for: an index to be passed, in a session.
 	event, asleep uint16
 	waiting       uint32
@@ -222,6 +222,7 @@ func (l *Link) UnsafeReserve(ctx context.Context) ([]byte, error) {
 			var p []byte
 			if p, err = t.own.UnsafeBytes(t.header+t.position, t.most); err == nil {
 				t.reserved = true
+				t.more = append(t.more[:0], t.position)
 				t.mu.Unlock()
 				return p, nil
 			}
@@ -237,23 +238,7 @@ func (l *Link) UnsafeReserve(ctx context.Context) ([]byte, error) {
 // UnsafeCommit sends the first n bytes of what UnsafeReserve returned. The peer
 // may see them at once, or after Flush. It fails with *[FrameSizeError], and
 // what is reserved stays so, or with [ErrReset].
-func (l *Link) UnsafeCommit(n int) error {
-	t := &l.tx
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	switch {
-	case t.err != nil:
-		return t.err
-	case !t.reserved || !t.carrier:
-		t.stats.Reset++
-		return ErrReset
-	}
-	if err := t.check(n); err != nil {
-		return err
-	}
-	t.commit(n)
-	return nil
-}
+func (l *Link) UnsafeCommit(n int) error { return l.UnsafeCommitAll([]int{n}) }
 
 // Flush rings the peer if it waits for what was committed. It has to follow the
 // last frame of a batch.

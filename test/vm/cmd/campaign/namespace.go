@@ -7,6 +7,7 @@ import (
 	"io"
 	"os/exec"
 	"runtime"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -66,6 +67,22 @@ func (n *namespace) start(cmd *exec.Cmd) error {
 		}
 		return cmd.Start()
 	})
+}
+
+// startReady starts a command whose standard output is a lineWatch, and waits
+// until it has seen what it waits for.
+func (n *namespace) startReady(cmd *exec.Cmd) error {
+	if err := n.start(cmd); err != nil {
+		return err
+	}
+	select {
+	case <-cmd.Stdout.(*lineWatch).seen:
+		return nil
+	case <-time.After(patience):
+		cmd.Process.Kill()
+		cmd.Wait()
+		return fmt.Errorf("%s does not get ready", cmd)
+	}
 }
 
 // output runs a command in the name space, and returns what it printed.

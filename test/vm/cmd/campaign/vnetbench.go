@@ -201,18 +201,12 @@ func (v *vnetBench) iperf(to string, seconds int, args ...string) (iperfEnd, err
 	defer cancel()
 	argv := v.tool("iperf3", "-s", "-1", "-B", to, "--forceflush")
 	server := exec.CommandContext(ctx, argv[0], argv[1:]...)
-	ready := newLineWatch("Server listening")
-	server.Stdout = ready
-	if err := v.b.start(server); err != nil {
+	server.Stdout = newLineWatch("Server listening")
+	if err := v.b.startReady(server); err != nil {
 		return iperfEnd{}, err
 	}
 	defer server.Wait()
 	defer server.Process.Kill()
-	select {
-	case <-ready.seen:
-	case <-ctx.Done():
-		return iperfEnd{}, errors.New("iperf3 does not listen")
-	}
 	out, err := v.a.output(ctx, v.tool("iperf3", append([]string{"-J", "-c", to, "-t", strconv.Itoa(seconds)}, args...)...)...)
 	if err != nil {
 		return iperfEnd{}, err
@@ -272,19 +266,12 @@ func (v *vnetBench) startForward(iface string) (func(), error) {
 		f := os.NewFile(uintptr(fds[i]), "socket")
 		defer f.Close()
 		cmd := exec.CommandContext(v.ctx, v.floor, "forward", iface, "3")
-		ready := newLineWatch("ready")
-		cmd.ExtraFiles, cmd.Stdout = []*os.File{f}, ready
-		if err := n.start(cmd); err != nil {
+		cmd.ExtraFiles, cmd.Stdout = []*os.File{f}, newLineWatch("ready")
+		if err := n.startReady(cmd); err != nil {
 			stop()
 			return nil, err
 		}
 		children = append(children, cmd)
-		select {
-		case <-ready.seen:
-		case <-time.After(patience):
-			stop()
-			return nil, errors.New("the forwarder does not start")
-		}
 	}
 	return stop, nil
 }
@@ -319,19 +306,12 @@ func (v *vnetBench) startEnds(command func(i int, socket string) *exec.Cmd) (fun
 	}
 	for i, n := range []*namespace{v.a, v.b} {
 		cmd := command(i, service.Socket)
-		ready := cmd.Stdout.(*lineWatch)
 		cmd.Stderr = os.Stderr
-		if err := n.start(cmd); err != nil {
+		if err := n.startReady(cmd); err != nil {
 			stop()
 			return nil, err
 		}
 		children = append(children, cmd)
-		select {
-		case <-ready.seen:
-		case <-time.After(patience):
-			stop()
-			return nil, errors.New("an end of the link does not start")
-		}
 	}
 	return stop, nil
 }

@@ -114,17 +114,11 @@ func (j *joined) up(host *namespace, i int) error {
 	}
 	name := fmt.Sprintf("guest%d", i)
 	cmd := exec.CommandContext(j.ctx, ivshctl, "net", "up", "--name", name, "--mtu", "1400", "--device", j.links[i].Socket)
-	ready := newLineWatch("ready")
-	cmd.Stdout = ready
-	if err := host.start(cmd); err != nil {
+	cmd.Stdout = newLineWatch("ready")
+	if err := host.startReady(cmd); err != nil {
 		return err
 	}
 	j.ups = append(j.ups, cmd)
-	select {
-	case <-ready.seen:
-	case <-time.After(patience):
-		return fmt.Errorf("the host's end of link %d does not start", i)
-	}
 	return host.join(name)
 }
 
