@@ -236,6 +236,47 @@ func TestSplitTruncated(t *testing.T) {
 	}
 }
 
+// TestSplitSmallerMTU has slots become smaller between two pieces, and within
+// one.
+func TestSplitSmallerMTU(t *testing.T) {
+	ours, theirs := kernel(t)
+	in := newSplitter(ours, transfer)
+	slots := func(n, mtu int) {
+		for i := range n {
+			in.frames[i] = make([]byte, mtu+18)
+		}
+	}
+	long, short := segment{data: random(10 * 1460)}, segment{data: random(100)}
+	for range 2 { // the first one teaches the guess
+		unix.Send(theirs, long.piece(1460), 0)
+		slots(maxFrames, 1500)
+		if lengths, err := in.next(in.wanted()); err != nil || len(lengths) == 0 {
+			t.Fatal(lengths, err)
+		}
+		for len(in.rest) > 0 {
+			in.next(in.wanted())
+		}
+	}
+	unix.Send(theirs, prefixed(0, 0, 0, 0, 0, 0, short.frame(false)), 0)
+	slots(maxFrames, 576)
+	if lengths, err := in.next(in.wanted()); err != nil || len(lengths) != 1 || !bytes.Equal(in.frames[0][:lengths[0]], short.frame(false)) {
+		t.Errorf("after the guess: %v, %v", lengths, err)
+	}
+	unix.Send(theirs, long.piece(1460), 0)
+	slots(2, 1500)
+	if lengths, err := in.next(2); err != nil || len(lengths) != 2 {
+		t.Fatal(lengths, err)
+	}
+	slots(2, 576)
+	if lengths, err := in.next(2); !errors.Is(err, errTruncated) {
+		t.Errorf("the rest: %v, %v", lengths, err)
+	}
+	unix.Send(theirs, short.piece(50), 0)
+	if lengths, err := in.next(2); err != nil || len(lengths) != 2 {
+		t.Errorf("another one: %v, %v", lengths, err)
+	}
+}
+
 // TestMerge has the frames of a long segment become one again.
 func TestMerge(t *testing.T) {
 	ours, theirs := kernel(t)

@@ -66,6 +66,13 @@ func (s *splitter) wanted() int {
 // in them. The errors are those of read(2), and errTruncated.
 func (s *splitter) next(n int) ([]int, error) {
 	s.n = n
+	if s.head+s.size > len(s.frames[0]) { // the MTU has become smaller
+		lost := len(s.rest) > 0
+		s.size, s.rest = 0, nil
+		if lost {
+			return nil, errTruncated
+		}
+	}
 	if len(s.rest) > 0 {
 		return s.more(0), nil
 	}

@@ -88,6 +88,11 @@ func pairOfGuests(ctx context.Context, r *Report) (rows [][]string, err error) {
 		begin := time.Now()
 		found, err := step.run()
 		if err != nil {
+			for i, up := range v.ups {
+				if text := up.Stderr(); text != "" {
+					err = fmt.Errorf("%w\nnet up of guest %d: %s", err, i, text)
+				}
+			}
 			r.Failures = append(r.Failures, fmt.Sprintf("%s: %v", step.name, err))
 			if r.Sabotage || ctx.Err() != nil {
 				break
