@@ -68,11 +68,20 @@ func ethernetBench(ctx context.Context, r *Report) error {
 	}
 	r.Config["machine"] = cpuModel()
 	v.tables(mtus)
+	// In a second, and beside whatever else the machine does, only the difference
+	// from what is no competitor says anything.
+	bar := func(least float64) float64 {
+		if r.Quick {
+			return 0
+		}
+		return least
+	}
 	for _, mtu := range mtus {
-		v.ratio(mtu, wayVethPlain, 0.5)
+		v.ratio(mtu, wayVethPlain, bar(0.5))
 		v.ratio(mtu, wayForward, 2)
 		if !r.Sabotage {
-			r.atMost(fmt.Sprintf("MTU %d: percent of the CPU time that is no TAP system call, each frame a call", mtu), median(r.Samples[sampleName(mtu, wayVnet, splits[0]+", rest_percent")]), 15)
+			rest := median(r.Samples[sampleName(mtu, wayVnet, splits[0]+", rest_percent")])
+			r.count(fmt.Sprintf("MTU %d: percent of the CPU time that is no TAP system call, each frame a call", mtu), rest, "<= 15", rest <= 15 || r.Quick)
 		}
 	}
 	return nil
