@@ -11,7 +11,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"time"
 )
 
 // fuzz runs every fuzzer of the module for the duration, one after the other.
@@ -41,6 +40,12 @@ func fuzz(ctx context.Context, r *Report) error {
 	}
 	r.Config["targets"] = targets
 	r.atLeast("fuzzers", float64(len(targets)), 3)
+	// A number of runs, where it is seconds: on a busy machine they may be over
+	// before the corpus was read.
+	long := r.Duration.String()
+	if r.Quick {
+		long = "100x"
+	}
 	// As many at a time as there are CPUs, each with one worker.
 	type result struct {
 		runs float64
@@ -51,11 +56,11 @@ func fuzz(ctx context.Context, r *Report) error {
 	var all sync.WaitGroup
 	for i, t := range targets {
 		free <- struct{}{}
-		r.say("fuzzing %s for %v", t, r.Duration)
+		r.say("fuzzing %s", t)
 		all.Go(func() {
 			defer func() { <-free }()
 			pkg, name, _ := strings.Cut(t, " ")
-			results[i].runs, results[i].err = fuzzOne(ctx, root, tags, pkg, name, r.Duration)
+			results[i].runs, results[i].err = fuzzOne(ctx, root, tags, pkg, name, long)
 		})
 	}
 	all.Wait()
@@ -78,8 +83,8 @@ func fuzz(ctx context.Context, r *Report) error {
 
 var execs = regexp.MustCompile(`execs: (\d+)`)
 
-func fuzzOne(ctx context.Context, root, tags, pkg, name string, d time.Duration) (runs float64, err error) {
-	cmd := exec.CommandContext(ctx, "go", "test", tags, "-run", "^$", "-fuzz", "^"+name+"$", "-fuzztime", d.String(), "-fuzzminimizetime", "1x", "-parallel", "1", pkg)
+func fuzzOne(ctx context.Context, root, tags, pkg, name, long string) (runs float64, err error) {
+	cmd := exec.CommandContext(ctx, "go", "test", tags, "-run", "^$", "-fuzz", "^"+name+"$", "-fuzztime", long, "-fuzzminimizetime", "1x", "-parallel", "1", pkg)
 	cmd.Dir = root
 	out, err := cmd.CombinedOutput()
 	for _, m := range execs.FindAllStringSubmatch(string(out), -1) {
