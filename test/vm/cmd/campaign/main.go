@@ -52,6 +52,7 @@ var campaigns = []campaign{
 	{"streams", "a transfer over streams between two host processes that are killed at any moment", 6 * time.Second, streams},
 	{"vnet", "virtual Ethernet between two guests, as people use a network", 10 * time.Second, ethernet},
 	{"vnet-bench", "virtual Ethernet on the host against veth and against a forwarder, and what its time goes into", time.Second, ethernetBench},
+	{"vnet-models", "virtual Ethernet against models of the drivers of Linux and Zephyr: every size, event and MTU, and a soak", 2 * time.Second, ethernetModels},
 	{"fuzz", "all fuzzers, DURATION each", 3 * time.Second, fuzz},
 }
 
