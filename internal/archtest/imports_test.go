@@ -65,7 +65,12 @@ var rules = map[string]rule{
 		why: "frames to a file"},
 	"vnet/netstack": {own: []string{"vnet"}, others: []string{"gvisor.dev/gvisor/..."},
 		why: "the only place that knows gVisor"},
-	"ivshmemtest": {own: []string{"", "link", "link/pcidev"}, others: []string{unix}, why: "for tests: the service and its peers in one process"},
+	"virtio": {own: []string{"", "regs", "shmem"},
+		why: "a protocol knows a device, and not what carries it"},
+	"virtio/block":   {own: []string{"", "virtio"}, others: []string{unix}, why: "a device type knows the transport only"},
+	"virtio/console": {own: []string{"", "virtio"}, why: "a device type knows the transport only"},
+	"virtio/entropy": {own: []string{"", "virtio"}, why: "a device type knows the transport only"},
+	"ivshmemtest":    {own: []string{"", "link", "link/pcidev"}, others: []string{unix}, why: "for tests: the service and its peers in one process"},
 
 	"internal/filecopy": {why: "a protocol over any connection"},
 	"internal/relay":    {why: "joins any two connections"},
