@@ -290,6 +290,7 @@ func TestRawDevice(t *testing.T) {
 	b.ok(err)
 	b.ok(port.Open())
 	d.expect(3, "01000000 0600 0100")
+	b.ok(port.WaitOpen(d.ctx))
 	d.send(4, "6e6577")
 	b.read(port, "new")
 }
