@@ -141,6 +141,7 @@ func (t *Interface) send(ctx context.Context, link *vnet.Link) error {
 	slots := slotsOf(link)
 	in := newSplitter(t.fd, t.move)
 	unflushed := 0
+	yielded := false
 	for {
 		n, err := slots.reserve(ctx, in.frames[:in.wanted()])
 		switch {
@@ -164,6 +165,14 @@ func (t *Interface) send(ctx context.Context, link *vnet.Link) error {
 		case err == unix.EAGAIN:
 			link.Flush()
 			unflushed = 0
+			if !yielded {
+				// Whoever makes frames may be waiting for this CPU, and have more
+				// of them: a sleep for each costs as much as a frame.
+				yielded = true
+				unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
+				continue
+			}
+			yielded = false
 			if _, err := t.set.Wait(); err != nil || ctx.Err() != nil {
 				return errors.Join(err, context.Cause(ctx))
 			}
@@ -185,6 +194,7 @@ func (t *Interface) send(ctx context.Context, link *vnet.Link) error {
 		case !recovers(err):
 			return err
 		}
+		yielded = false
 		if unflushed += len(lengths); unflushed >= flushEvery {
 			link.Flush()
 			unflushed = 0
