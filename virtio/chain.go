@@ -44,33 +44,11 @@ func (c *Chain) Read(p []byte) (int, error) {
 // ReadAt reads from a byte of the readable part on. It implements
 // [io.ReaderAt].
 func (c *Chain) ReadAt(p []byte, offset int64) (int, error) {
-	if offset < 0 {
-		return 0, fmt.Errorf("buffer of virtqueue %d: offset %d", c.q.index, offset)
+	n, err := c.move(c.segments[:c.reads], p, offset, c.q.b.mem.ReadAt)
+	if err == nil && n < len(p) {
+		err = io.EOF
 	}
-	c.q.life.RLock()
-	defer c.q.life.RUnlock()
-	if c.q.dead {
-		return 0, ErrReset
-	}
-	done := 0
-	for _, s := range c.segments[:c.reads] {
-		if done == len(p) {
-			break
-		}
-		if uint64(offset) >= s.n {
-			offset -= int64(s.n)
-			continue
-		}
-		n := int(min(s.n-uint64(offset), uint64(len(p)-done)))
-		if _, err := c.q.b.mem.ReadAt(p[done:done+n], int64(s.at)+offset); err != nil {
-			return done, err
-		}
-		done, offset = done+n, 0
-	}
-	if done < len(p) {
-		return done, io.EOF
-	}
-	return done, nil
+	return n, err
 }
 
 // Write writes to the next bytes of the writable part. It implements
@@ -84,6 +62,16 @@ func (c *Chain) Write(p []byte) (int, error) {
 // WriteAt writes from a byte of the writable part on. It implements
 // [io.WriterAt].
 func (c *Chain) WriteAt(p []byte, offset int64) (int, error) {
+	n, err := c.move(c.segments[c.reads:], p, offset, c.q.b.mem.WriteAt)
+	if err == nil && n < len(p) {
+		err = io.ErrShortWrite
+	}
+	return n, err
+}
+
+// move copies between p and the segments, from a byte of them on, as far as they
+// go.
+func (c *Chain) move(segments []segment, p []byte, offset int64, move func(p []byte, at int64) (int, error)) (int, error) {
 	if offset < 0 {
 		return 0, fmt.Errorf("buffer of virtqueue %d: offset %d", c.q.index, offset)
 	}
@@ -93,7 +81,7 @@ func (c *Chain) WriteAt(p []byte, offset int64) (int, error) {
 		return 0, ErrReset
 	}
 	done := 0
-	for _, s := range c.segments[c.reads:] {
+	for _, s := range segments {
 		if done == len(p) {
 			break
 		}
@@ -102,13 +90,10 @@ func (c *Chain) WriteAt(p []byte, offset int64) (int, error) {
 			continue
 		}
 		n := int(min(s.n-uint64(offset), uint64(len(p)-done)))
-		if _, err := c.q.b.mem.WriteAt(p[done:done+n], int64(s.at)+offset); err != nil {
+		if _, err := move(p[done:done+n], int64(s.at)+offset); err != nil {
 			return done, err
 		}
 		done, offset = done+n, 0
-	}
-	if done < len(p) {
-		return done, io.ErrShortWrite
 	}
 	return done, nil
 }
