@@ -28,8 +28,15 @@ func TestScripts(t *testing.T) {
 }
 
 // TestTwoPeers plays both peers of a link that is there already. The leading
-// one's sizes and counts hold for both.
+// one's sizes and counts hold for both, and nobody takes what one layer left
+// behind for the next one's.
 func TestTwoPeers(t *testing.T) {
+	for _, over := range []string{"section,messages,conn", "conn,section,messages"} {
+		t.Run(over, func(t *testing.T) { testTwoPeers(t, over) })
+	}
+}
+
+func testTwoPeers(t *testing.T, over string) {
 	socket := filepath.Join(t.TempDir(), "link")
 	l, err := link.New(link.Config{Peers: 2, Vectors: 3, ReadWrite: 4096, Output: 1 << 20})
 	if err != nil {
@@ -51,7 +58,7 @@ func TestTwoPeers(t *testing.T) {
 	var out [2]bytes.Buffer
 	ended := make(chan error, 2)
 	for i := range 2 {
-		cmd := exec.CommandContext(ctx, self, "--device", socket, "--over", "section,messages,conn", "--mode", "interrupt",
+		cmd := exec.CommandContext(ctx, self, "--device", socket, "--over", over, "--mode", "interrupt",
 			"--repeat", "2", "--json", "--count", "12", "--size", "64,1K", "--warmup", "3")
 		cmd.Args[0] = "ivsh-pingpong"
 		cmd.Stdout, cmd.Stderr = &out[i], os.Stderr

@@ -65,7 +65,7 @@ func (s *settings) play(ctx context.Context) error {
 // decides which.
 func (s *settings) playStreams(ctx context.Context, dev *ivshmem.Device, peer uint32, over pingpong.Over, mode string) error {
 	if dev.ID() > peer {
-		return followStreams(ctx, dev, mode, s.task.Conns)
+		return followStreams(ctx, dev, peer, mode, s.task.Conns)
 	}
 	ep, err := endpoint(dev, mode, s.task.Conns)
 	if err != nil {
@@ -76,7 +76,7 @@ func (s *settings) playStreams(ctx context.Context, dev *ivshmem.Device, peer ui
 		for i, size := range s.sizes {
 			t := s.task
 			t.Over, t.Size, t.More = over, size, round < s.rounds-1 || i < len(s.sizes)-1
-			r, err := leadStream(ctx, ep, peer, mode, t)
+			r, err := leadStream(ctx, dev, ep, peer, mode, t)
 			if err != nil {
 				return err
 			}
@@ -132,22 +132,22 @@ func endpoint(dev *ivshmem.Device, mode string, conns int) (*stream.Endpoint, er
 	return stream.New(dev, config)
 }
 
-func leadStream(ctx context.Context, ep *stream.Endpoint, peer uint32, mode string, t pingpong.Task) (*record, error) {
+func leadStream(ctx context.Context, dev *ivshmem.Device, ep *stream.Endpoint, peer uint32, mode string, t pingpong.Task) (*record, error) {
 	t.Read = streamModes[mode] != stream.Poll
-	res, err := pingpong.Lead(ctx, ep, peer, t)
+	res, err := pingpong.Lead(ctx, dev, ep, peer, t)
 	if err != nil {
 		return nil, err
 	}
 	return taskRecord(res, string(t.Over), mode), nil
 }
 
-func followStreams(ctx context.Context, dev *ivshmem.Device, mode string, conns int) error {
+func followStreams(ctx context.Context, dev *ivshmem.Device, peer uint32, mode string, conns int) error {
 	ep, err := endpoint(dev, mode, conns)
 	if err != nil {
 		return err
 	}
 	defer ep.Close()
-	return pingpong.Follow(ctx, ep)
+	return pingpong.Follow(ctx, dev, ep, peer)
 }
 
 // startProfile writes a CPU profile of this process until it is stopped; no

@@ -84,14 +84,14 @@ func (o *workOrder) link() (*record, error) {
 		return r, err
 	}
 	if !leads {
-		return nil, followStreams(ctx, dev, o.Mode, o.Task.Conns)
+		return nil, followStreams(ctx, dev, peer, o.Mode, o.Task.Conns)
 	}
 	ep, err := endpoint(dev, o.Mode, o.Task.Conns)
 	if err != nil {
 		return nil, err
 	}
 	defer ep.Close()
-	return leadStream(ctx, ep, peer, o.Mode, o.Task)
+	return leadStream(ctx, dev, ep, peer, o.Mode, o.Task)
 }
 
 // contestant is one end of a contestant; the first leads. It waits in ways

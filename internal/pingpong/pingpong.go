@@ -182,9 +182,17 @@ func (r *run) meet(ctx context.Context) error {
 }
 
 // part waits until the peer has seen the end, so that neither takes the
-// other's next phase, or departure, for part of this one.
+// other's next phase, or departure, for part of this one. Then both take their
+// states back: what follows may be another protocol, and who looks for that
+// must not take this one's section for it.
 func (r *run) part(ctx context.Context) error {
-	return r.step(ctx, stepDone, stepDone)
+	if err := r.step(ctx, stepDone, stepDone); err != nil {
+		return err
+	}
+	if err := r.dev.SetState(0); err != nil {
+		return err
+	}
+	return await(ctx, r.dev, r.peer, func(s uint32) (bool, error) { return s>>8 != r.Phase+1, nil })
 }
 
 // step sets the own state and waits for the peer's.
@@ -192,29 +200,38 @@ func (r *run) step(ctx context.Context, own, peer uint32) error {
 	if err := r.dev.SetState(state(r.Config, own)); err != nil {
 		return err
 	}
-	want := state(r.Config, peer)
-	seen := false
+	seen := peer > stepHello
+	return await(ctx, r.dev, r.peer, func(s uint32) (bool, error) {
+		switch this := s>>8 == r.Phase+1; {
+		case this && s>>4&0xf != uint32(r.Mode):
+			r.linger(ctx)
+			return false, fmt.Errorf("peer %d runs mode %v, expected %v: start both with the same --mode", r.peer, Mode(s>>4&0xf), r.Mode)
+		case this && s&0xf >= peer:
+			return true, nil
+		case this:
+			seen = true
+		case peer == stepDone:
+			return true, nil // it has seen the end, and gone on
+		case seen && s == 0:
+			return false, fmt.Errorf("%w: peer %d left", ivshmem.ErrGone, r.peer)
+		}
+		return false, nil
+	})
+}
+
+// await waits until the peer's state is as expected.
+func await(ctx context.Context, dev *ivshmem.Device, peer uint32, reached func(state uint32) (bool, error)) error {
 	for {
-		s, err := r.dev.State(r.peer)
+		s, err := dev.State(peer)
 		if err != nil {
 			return err
 		}
-		switch {
-		case s == 0 && peer == stepDone:
-			return nil // it is done with everything, and gone
-		case s == 0 && (seen || peer > stepHello):
-			return fmt.Errorf("%w: peer %d left", ivshmem.ErrGone, r.peer)
-		case s>>8 == r.Phase+1 && s>>4&0xf != uint32(r.Mode):
-			r.linger(ctx)
-			return fmt.Errorf("peer %d runs mode %v, expected %v: start both with the same --mode", r.peer, Mode(s>>4&0xf), r.Mode)
-		case s>>8 > r.Phase+1, s>>8 == r.Phase+1 && s&0xf >= want&0xf:
-			return nil
-		case s != 0 && s>>8 == r.Phase+1:
-			seen = true
+		if ok, err := reached(s); ok || err != nil {
+			return err
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("waiting for peer %d: %w", r.peer, context.Cause(ctx))
+			return fmt.Errorf("waiting for peer %d: %w", peer, context.Cause(ctx))
 		case <-time.After(time.Millisecond):
 		}
 	}

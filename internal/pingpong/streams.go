@@ -3,10 +3,12 @@ package pingpong
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"syscall"
 	"time"
 
+	"github.com/ivshmem-go/ivshmem"
 	"github.com/ivshmem-go/ivshmem/stream"
 )
 
@@ -57,8 +59,10 @@ func streamLink(ep *stream.Endpoint, control *Control, data *stream.Conn, t Task
 	return l
 }
 
-// Lead measures over streams with a peer that follows.
-func Lead(ctx context.Context, ep *stream.Endpoint, peer uint32, t Task) (*Outcome, error) {
+// Lead measures over streams with a peer that follows. After the last task it
+// waits until the peer's endpoint is closed, so that nobody takes it for the
+// next one.
+func Lead(ctx context.Context, dev *ivshmem.Device, ep *stream.Endpoint, peer uint32, t Task) (*Outcome, error) {
 	if err := t.Check(); err != nil {
 		return nil, err
 	}
@@ -67,6 +71,10 @@ func Lead(ctx context.Context, ep *stream.Endpoint, peer uint32, t Task) (*Outco
 		return nil, err
 	}
 	defer c.Close()
+	was, err := dev.State(peer)
+	if err != nil {
+		return nil, err
+	}
 	control := NewControl(c)
 	if err := control.enc.Encode(t); err != nil {
 		return nil, err
@@ -90,9 +98,14 @@ func Lead(ctx context.Context, ep *stream.Endpoint, peer uint32, t Task) (*Outco
 	defer stop()
 	res, err := LeadTask(streamLink(ep, control, data, t), t)
 	if err != nil {
-		err = errors.Join(context.Cause(ctx), err)
+		return res, errors.Join(context.Cause(ctx), err)
 	}
-	return res, err
+	if t.More {
+		return res, nil
+	}
+	data.Close()
+	c.Close() // it waits for that
+	return res, await(ctx, dev, peer, func(s uint32) (bool, error) { return s != was, nil })
 }
 
 // dial dials until the peer listens.
@@ -110,8 +123,8 @@ func dial(ctx context.Context, ep *stream.Endpoint, peer, port uint32) (*stream.
 	}
 }
 
-// Follow does what a leading peer asks for, until that was the last task.
-func Follow(ctx context.Context, ep *stream.Endpoint) error {
+// Follow does what the leading peer asks for, until that was the last task.
+func Follow(ctx context.Context, dev *ivshmem.Device, ep *stream.Endpoint, peer uint32) error {
 	control, err := ep.Listen(controlPort)
 	if err != nil {
 		return err
@@ -130,7 +143,7 @@ func Follow(ctx context.Context, ep *stream.Endpoint) error {
 	stop := context.AfterFunc(ctx, func() { control.Close(); idle.Close(); data.Close() })
 	defer stop()
 	for more := true; more; {
-		c, err := control.AcceptStream()
+		c, err := acceptFrom(ctx, dev, peer, control, absence)
 		if err == nil {
 			more, err = follow(ctx, ep, c, idle, data)
 			c.Close()
@@ -140,6 +153,45 @@ func Follow(ctx context.Context, ep *stream.Endpoint) error {
 		}
 	}
 	return nil
+}
+
+// absence is for how long a leading peer that was there may be away: it is, for
+// a moment, between what it measures over one layer and the next.
+const absence = 5 * time.Second
+
+// acceptFrom accepts a connection, unless the peer leaves for longer than
+// absence.
+func acceptFrom(ctx context.Context, dev *ivshmem.Device, peer uint32, l *stream.Listener, absence time.Duration) (*stream.Conn, error) {
+	waiting, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	defer context.AfterFunc(waiting, func() { l.Close() })()
+	go func() {
+		tick := time.NewTicker(absence / 50)
+		defer tick.Stop()
+		var there time.Time // when it was seen last
+		for {
+			s, err := dev.State(peer)
+			switch {
+			case err != nil: // accepting ends as well
+				return
+			case s != 0:
+				there = time.Now()
+			case !there.IsZero() && time.Since(there) > absence:
+				stop(fmt.Errorf("%w: peer %d left, and has been away for %v", ivshmem.ErrGone, peer, absence))
+				return
+			}
+			select {
+			case <-waiting.Done():
+				return
+			case <-tick.C:
+			}
+		}
+	}()
+	c, err := l.AcceptStream()
+	if cause := context.Cause(waiting); err != nil && cause != nil {
+		err = cause
+	}
+	return c, err
 }
 
 func follow(ctx context.Context, ep *stream.Endpoint, c *stream.Conn, idle, data *stream.Listener) (more bool, err error) {
