@@ -105,7 +105,7 @@ func exchange(t testing.TB, q *linuxQueue, number int) error {
 func (l *linux) again(queues int) error {
 	var err error
 	until(l, "the back-end is ready", func() bool {
-		if err = l.probe(queues); err == nil || !l.b.alive(0) {
+		if err = l.probe(queues); err == nil || !l.alive() {
 			return true
 		}
 		if !errors.Is(err, errNoDevice) && !errors.Is(err, errBackEnd) {

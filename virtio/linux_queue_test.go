@@ -284,10 +284,18 @@ func (q *linuxQueue) await(r *linuxRequest) error {
 	})
 	defer late.Stop()
 	for !r.done {
-		if l.broken {
+		switch {
+		case l.broken:
 			return errBroken
+		case l.callbacks != nil && !l.callbacks(q.index): // it spins
+			q.callback()
+			l.broken = l.broken || !l.ready()
+			l.mu.Unlock()
+			time.Sleep(10 * time.Microsecond)
+			l.mu.Lock()
+		default:
+			l.cond.Wait()
 		}
-		l.cond.Wait()
 	}
 	return nil
 }

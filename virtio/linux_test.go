@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ivshmem-go/ivshmem"
 	"github.com/ivshmem-go/ivshmem/regs"
 )
 
@@ -28,11 +29,27 @@ var (
 // killed is what the model panics with when it is killed.
 type killed struct{}
 
+// host is what a guest has of the link, as peer 1.
+type host struct {
+	vectors int
+	// bind makes a device, and the R/W section as the guest maps it.
+	bind  func() (hostDevice, []byte)
+	ready func() bool // the back-end's State is 1
+	alive func() bool // there may be a back-end again
+}
+
+type hostDevice interface {
+	Store(r regs.Register, v uint32) error
+	Interrupts() ivshmem.Interrupts
+	Close() error
+}
+
 // linux is a guest with the driver.
 type linux struct {
 	testing.TB
-	b      *board
-	p      *boardPeer
+	host
+	b      *board // nil: the link is another
+	p      hostDevice
 	m      []byte        // R/W section
 	step   func()        // before each store, nil: nothing
 	accept uint64        // feature bits of the device type
@@ -117,7 +134,12 @@ func put16(p []byte, at uint64, v uint16) { putPart(p, at, 0xffff, uint32(v)) }
 func put8(p []byte, at uint64, v uint8)   { putPart(p, at, 0xff, uint32(v)) }
 
 func newLinux(t testing.TB, b *board) *linux {
-	l := &linux{TB: t, b: b, m: b.memory}
+	l := &linux{TB: t, b: b, m: b.memory, host: host{
+		vectors: b.vectors,
+		bind:    func() (hostDevice, []byte) { return b.attach(t, 1, apart), b.memory },
+		ready:   func() bool { return atomic.LoadUint32(&b.states[0]) == 1 },
+		alive:   func() bool { return b.alive(0) },
+	}}
 	l.cond = sync.NewCond(&l.mu)
 	return l
 }
@@ -127,8 +149,6 @@ func (l *linux) stepped() {
 		l.step()
 	}
 }
-
-func (l *linux) ready() bool { return atomic.LoadUint32(&l.b.states[0]) == 1 }
 
 func (l *linux) register(r regs.Register, v uint32) {
 	l.stepped()
@@ -181,14 +201,14 @@ func (l *linux) idle() error {
 }
 
 func (l *linux) ring(vector uint16) {
-	if int(vector) < l.b.vectors { // others the hypervisor drops
+	if int(vector) < l.vectors { // others the hypervisor drops
 		l.p.Store(regs.DoorbellRegister, uint32(vector))
 	}
 }
 
 // probe binds the driver and a device driver that wants so many queues.
 func (l *linux) probe(queues int) error {
-	l.p = l.b.attach(l, 1, apart)
+	l.p, l.m = l.bind()
 	l.broken, l.queues = false, nil
 	if len(l.m) < 2*4096 {
 		return fmt.Errorf("R/W section is too small")
@@ -275,9 +295,9 @@ func (l *linux) findQueues(n int) error {
 		}
 	}
 	switch {
-	case l.b.vectors >= with+1:
+	case l.vectors >= with+1:
 		l.mode = perQueue
-	case l.b.vectors >= 2:
+	case l.vectors >= 2:
 		l.mode = twoShared
 	default:
 		l.mode = oneShared
@@ -293,6 +313,10 @@ func (l *linux) findQueues(n int) error {
 		if l.mode == perQueue && l.callbacks != nil && !l.callbacks(i) {
 			vector = 0xffff
 		}
+		if l.mode == perQueue && vector != 0xffff && int(vector) > with {
+			// It counts all queues, and has vectors for those with a callback.
+			return fmt.Errorf("queue %d: vector %d is beyond those that the driver has", i, vector)
+		}
 		q, err := l.setUp(i, vector)
 		if err != nil {
 			return fmt.Errorf("queue %d: %w", i, err)
@@ -304,7 +328,7 @@ func (l *linux) findQueues(n int) error {
 		return err
 	}
 	l.stop, l.ended = make(chan struct{}), make(chan struct{})
-	go l.interrupts(l.p.fds, l.stop, l.ended)
+	go l.interrupts(l.p.Interrupts().FDs, l.stop, l.ended)
 	return nil
 }
 
