@@ -255,56 +255,91 @@ func (r *run) ping(ctx context.Context, res *Result) error {
 		batch = 1
 	}
 	var pace pacer
-	begin := time.Now() // of what counts
-	sent := begin
-	seq := uint64(1)
-	for ; ; seq++ {
+	var begin, sent, now time.Time // begin is that of what counts
+	for seq := uint64(1); ; {
 		if seq == r.Warmup+1 {
 			begin = time.Now()
+			sent = begin
 			if r.Rate > 0 {
 				pace = newPacer(r.Rate)
 			}
 		}
+		counts := seq > r.Warmup
+		n := batch
 		switch {
-		case r.Rate > 0 && seq > r.Warmup:
+		case !counts:
+			n = min(n, r.Warmup+1-seq)
+		case r.Messages > 0:
+			n = min(n, r.Messages+r.Warmup+1-seq)
+		}
+		switch {
+		case r.Rate > 0 && counts:
 			sent = pace.wait(seq - r.Warmup - 1)
 		case batch == 1:
 			sent = time.Now()
 		}
-		if err := r.send(seq); err != nil {
+		if err := r.rounds(ctx, seq, n); err != nil {
 			return err
 		}
-		if err := r.receive(ctx, seq); err != nil {
-			return err
-		}
-		var now time.Time
-		if batch == 1 || seq%batch == 0 {
-			now = time.Now()
-			if seq >= r.Warmup+batch {
-				rtt := now.Sub(sent)
-				res.Messages += batch
-				res.Elapsed += rtt
-				if err := res.RTT.RecordValue(max(1, int64(rtt)/int64(batch))); err != nil {
-					return err
-				}
+		seq += n
+		now = time.Now()
+		if counts && n == batch {
+			rtt := now.Sub(sent)
+			res.Messages += n
+			res.Elapsed += rtt
+			if err := res.RTT.RecordValue(max(1, int64(rtt)/int64(n))); err != nil {
+				return err
 			}
-			sent = now
 		}
-		if seq >= r.Warmup+1 && (seq-r.Warmup == r.Messages || r.Duration > 0 && now.Sub(begin) >= r.Duration) {
-			break
+		sent = now
+		if counts && (seq > r.Warmup+r.Messages && r.Messages > 0 || r.Duration > 0 && now.Sub(begin) >= r.Duration) {
+			r.lanes.out.Store(0, word(endOfRun, false))
+			if r.Rate > 0 {
+				res.Elapsed = now.Sub(begin)
+			}
+			if r.Mode == Interrupt {
+				return r.dev.Ring(r.peer, r.vectors[seq&1^1])
+			}
+			return nil
 		}
 	}
-	if r.Rate > 0 {
-		res.Elapsed = time.Since(begin)
-	}
-	r.lanes.out.Store(0, word(endOfRun, false))
+}
+
+// rounds are n round trips from the message seq on.
+func (r *run) rounds(ctx context.Context, seq, n uint64) error {
 	if r.Mode == Interrupt {
-		return r.dev.Ring(r.peer, r.vectors[(seq+1)&1^1])
+		for end := seq + n; seq < end; seq++ {
+			if err := r.send(seq); err != nil {
+				return err
+			}
+			if err := r.receive(ctx, seq); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	next := word(seq, false)
+	for end := seq + n; seq < end; seq++ {
+		r.lanes.out.Store(0, next)
+		// While it is on its way.
+		want := word(seq, true)
+		next = word(seq+1, false)
+		r.progress.Store(seq)
+		got, err := r.spin(ctx, seq)
+		if err != nil {
+			return err
+		}
+		if r.last = got; got != want {
+			return &MessageError{Field: "word", Expected: want, Found: got}
+		}
 	}
 	return nil
 }
 
 func (r *run) pong(ctx context.Context, res *Result) error {
+	if r.Mode == Poll && res.RTT == nil {
+		return r.pollPong(ctx, res)
+	}
 	var sent time.Time
 	for seq := uint64(1); ; seq++ {
 		switch err := r.receive(ctx, seq); {
@@ -326,6 +361,28 @@ func (r *run) pong(ctx context.Context, res *Result) error {
 		if err := r.send(seq); err != nil {
 			return err
 		}
+	}
+}
+
+// pollPong answers at once, and sees to all else while the next message is on
+// its way.
+func (r *run) pollPong(ctx context.Context, res *Result) error {
+	for seq := uint64(1); ; seq++ {
+		want, answer := word(seq, false), word(seq, true)
+		got, err := r.spin(ctx, seq)
+		if err != nil {
+			return err
+		}
+		if got != want {
+			if got == word(endOfRun, false) {
+				return nil
+			}
+			return &MessageError{Field: "word", Expected: want, Found: got}
+		}
+		r.lanes.out.Store(0, answer)
+		r.last = got
+		res.Messages++
+		r.progress.Store(seq)
 	}
 }
 
