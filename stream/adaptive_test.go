@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ivshmem-go/ivshmem/internal/boardtest"
 	"github.com/ivshmem-go/ivshmem/stream"
 )
 
@@ -18,8 +19,8 @@ func TestAdaptiveLooksAgain(t *testing.T) {
 	if before == 0 {
 		return // a single processor: nobody ever looks
 	}
-	b := newBoard(t, boardConfig{peers: 2, vectors: 2, output: 64 << 10, delay: 300 * time.Microsecond})
-	x, y := newEndpoint(t, b.device(t, 0), stream.Config{}), newEndpoint(t, b.device(t, 1), stream.Config{})
+	b := boardtest.New(t, boardtest.Config{Peers: 2, Vectors: 2, Output: 64 << 10, Delay: 300 * time.Microsecond})
+	x, y := newEndpoint(t, b.Device(t, 0, boardtest.Apart), stream.Config{}), newEndpoint(t, b.Device(t, 1, boardtest.Apart), stream.Config{})
 	c, d := connect(t, x, y, 7)
 	var echo sync.WaitGroup
 	echo.Go(func() { io.Copy(d, d) })

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ivshmem-go/ivshmem/internal/boardtest"
 	"github.com/ivshmem-go/ivshmem/stream"
 )
 
@@ -45,14 +46,14 @@ func FuzzPeerMemory(f *testing.F) {
 	f.Add(append(piece(0, blocks+128, 77, 1, 7<<32, 1), piece(5, 64, 5)...))
 	f.Add(piece(5, blocks, 0))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		b := newBoard(t, boardConfig{peers: 2, vectors: 2, output: area})
-		d := b.device(t, 0)
+		b := boardtest.New(t, boardtest.Config{Peers: 2, Vectors: 2, Output: area})
+		d := b.Device(t, 0, boardtest.Apart)
 		ep, err := stream.New(d, stream.Config{Mode: stream.Sleep, Ring: 512})
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer ep.Close()
-		m := newModel(t, b.device(t, 1), s).start()
+		m := newModel(t, b.Device(t, 1, boardtest.Apart), s).start()
 		conn, _ := accept(t, ep, m, 0)
 		var all sync.WaitGroup
 		check := func(err error) {

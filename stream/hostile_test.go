@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ivshmem-go/ivshmem/internal/boardtest"
 	"github.com/ivshmem-go/ivshmem/stream"
 )
 
@@ -28,10 +29,10 @@ func violated(t testing.TB, err error, peer uint32) {
 // triple is an endpoint, a hostile model, and an honest endpoint on a board.
 func triple(t testing.TB, output uint64, s shape) (ep *stream.Endpoint, m *model, honest *stream.Endpoint) {
 	t.Helper()
-	b := newBoard(t, boardConfig{peers: 3, vectors: 2, output: output})
-	ep = newEndpoint(t, b.device(t, 0), stream.Config{})
-	m = newModel(t, b.device(t, 1), s).start()
-	return ep, m, newEndpoint(t, b.device(t, 2), stream.Config{})
+	b := boardtest.New(t, boardtest.Config{Peers: 3, Vectors: 2, Output: output})
+	ep = newEndpoint(t, b.Device(t, 0, boardtest.Apart), stream.Config{})
+	m = newModel(t, b.Device(t, 1, boardtest.Apart), s).start()
+	return ep, m, newEndpoint(t, b.Device(t, 2, boardtest.Apart), stream.Config{})
 }
 
 // echoes lets a connection of honest peers echo until stop is called, which
@@ -108,11 +109,11 @@ func TestHostileHeader(t *testing.T) {
 		{"no vector", 3, 1<<32 - 1, nil},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			b := newBoard(t, boardConfig{peers: 3, vectors: 2, output: output})
-			ep, honest := newEndpoint(t, b.device(t, 0), stream.Config{}), newEndpoint(t, b.device(t, 2), stream.Config{})
+			b := boardtest.New(t, boardtest.Config{Peers: 3, Vectors: 2, Output: output})
+			ep, honest := newEndpoint(t, b.Device(t, 0, boardtest.Apart), stream.Config{}), newEndpoint(t, b.Device(t, 2, boardtest.Apart), stream.Config{})
 			stop := echoes(t, ep, honest)
 			defer stop()
-			m := newModel(t, b.device(t, 1), good)
+			m := newModel(t, b.Device(t, 1, boardtest.Apart), good)
 			m.prepare()
 			if c.word == 1 && c.value>>32 == 0 {
 				c.value |= uint64(m.epoch) << 32

@@ -399,3 +399,10 @@ func (c *call) free() {
 }
 
 func (c *call) String() string { return fmt.Sprintf("connection %#x", c.id) }
+
+func must[T any](v T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return v
+}

@@ -7,28 +7,21 @@ import (
 	"testing"
 	"time"
 
-	"github.com/ivshmem-go/ivshmem"
+	"github.com/ivshmem-go/ivshmem/internal/boardtest"
 	"github.com/ivshmem-go/ivshmem/stream"
 )
 
 // What makes an endpoint look at the State Table again and again: there are no
 // interrupts to tell that it changed, or some of them may be lost.
-var lookers = map[string]struct {
-	silent bool
-	opts   []ivshmem.Option
-}{
-	"without interrupts": {silent: true},
-	"one-shot":           {opts: []ivshmem.Option{ivshmem.WithOneShot()}},
-}
+var lookers = map[string]boardtest.Wiring{"without interrupts": boardtest.Silent, "one-shot": boardtest.OneShots}
 
 // trips returns a round trip between ends that sleep, on a board whose looks at
 // the State Table go through trap.
 func trips(t *testing.T, looker string, peers uint32, trap func()) func() {
-	l := lookers[looker]
-	b := newBoard(t, boardConfig{peers: peers, vectors: 1, output: 64 << 10, silent: l.silent, trap: trap})
+	b := boardtest.New(t, boardtest.Config{Peers: peers, Vectors: 1, Output: 64 << 10, Trap: trap})
 	var eps [2]*stream.Endpoint
 	for i := range eps {
-		eps[i] = newEndpoint(t, b.device(t, uint32(i), l.opts...), stream.Config{Mode: stream.Sleep})
+		eps[i] = newEndpoint(t, b.Device(t, uint32(i), lookers[looker]), stream.Config{Mode: stream.Sleep})
 	}
 	x, y := connect(t, eps[0], eps[1], 7)
 	var echo sync.WaitGroup

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/net/nettest"
 
 	"github.com/ivshmem-go/ivshmem"
+	"github.com/ivshmem-go/ivshmem/internal/boardtest"
 	"github.com/ivshmem-go/ivshmem/ivshmemtest"
 	"github.com/ivshmem-go/ivshmem/link"
 	"github.com/ivshmem-go/ivshmem/stream"
@@ -62,8 +63,8 @@ func TestEventOverrun(t *testing.T) {
 // TestSlotOfTheDead has a peer knock while there is no slot, which becomes free
 // as another peer dies.
 func TestSlotOfTheDead(t *testing.T) {
-	b := newBoard(t, boardConfig{peers: 3, vectors: 2, output: 4096})
-	ep := newEndpoint(t, b.device(t, 0), stream.Config{Ring: 1024})
+	b := boardtest.New(t, boardtest.Config{Peers: 3, Vectors: 2, Output: 4096})
+	ep := newEndpoint(t, b.Device(t, 0, boardtest.Apart), stream.Config{Ring: 1024})
 	if ep.Slots() != 3 {
 		t.Fatalf("%d slots, want 3", ep.Slots())
 	}
@@ -72,7 +73,7 @@ func TestSlotOfTheDead(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	dead := newModel(t, b.device(t, 1), shape{3, 9, 4}).start()
+	dead := newModel(t, b.Device(t, 1, boardtest.Apart), shape{3, 9, 4}).start()
 	for slot := range uint32(3) {
 		// The last one is refused, and stays.
 		dead.knock(0, slot, 7)
@@ -89,11 +90,11 @@ func TestSlotOfTheDead(t *testing.T) {
 		o := dead.look(0)
 		return o.block(0, 0) != 0 && o.block(1, 0) != 0 && o.block(2, 0) != 0
 	})
-	m := newModel(t, b.device(t, 2), shape{2, 9, 4}).start()
+	m := newModel(t, b.Device(t, 2, boardtest.Apart), shape{2, 9, 4}).start()
 	k := m.knock(0, 0, 7)
 	m.event(0, 0)
 	time.Sleep(20 * time.Millisecond) // for the endpoint to find out that there is none
-	b.kill(1)
+	b.SetState(1, 0)
 	if !k.answered(7) {
 		t.Fatal("refused")
 	}
@@ -133,9 +134,9 @@ func TestDialLate(t *testing.T) {
 // TestOneShotStates has a State change while a doorbell has disarmed the
 // device: there is no interrupt for it.
 func TestOneShotStates(t *testing.T) {
-	b := newBoard(t, boardConfig{peers: 2, vectors: 2, output: 64 << 10})
-	ep := newEndpoint(t, b.device(t, 0, ivshmem.WithOneShot()), stream.Config{Mode: stream.Sleep})
-	m := newModel(t, b.device(t, 1), shape{4, 9, 4}).start()
+	b := boardtest.New(t, boardtest.Config{Peers: 2, Vectors: 2, Output: 64 << 10})
+	ep := newEndpoint(t, b.Device(t, 0, boardtest.OneShots), stream.Config{Mode: stream.Sleep})
+	m := newModel(t, b.Device(t, 1, boardtest.Apart), shape{4, 9, 4}).start()
 	for range 50 {
 		c, k := accept(t, ep, m, 0)
 		failed := make(chan error, 1)
@@ -144,16 +145,7 @@ func TestOneShotStates(t *testing.T) {
 			failed <- err
 		}()
 		until(t, "a sleeper", func() bool { return k.o.block(k.peer, 4) != 0 })
-		until(t, "the device to be armed", func() bool {
-			b.mu.Lock()
-			defer b.mu.Unlock()
-			if b.peers[0].control == 0 {
-				return false
-			}
-			b.interrupt(0, 1)
-			b.setState(1, 0)
-			return true
-		})
+		until(t, "the device to be armed", func() bool { return b.RingAndLeave(0, 1, 1) })
 		select {
 		case err := <-failed:
 			if !errors.Is(err, syscall.ECONNRESET) {
@@ -171,9 +163,9 @@ func TestOneShotStates(t *testing.T) {
 // and starts another on the same device: the former's must leave the latter's
 // alone.
 func TestEndpointAfterEndpoint(t *testing.T) {
-	b := newBoard(t, boardConfig{peers: 2, vectors: 2, output: 64 << 10})
-	d := b.device(t, 0)
-	m := newModel(t, b.device(t, 1), shape{4, 9, 4}).start()
+	b := boardtest.New(t, boardtest.Config{Peers: 2, Vectors: 2, Output: 64 << 10})
+	d := b.Device(t, 0, boardtest.Apart)
+	m := newModel(t, b.Device(t, 1, boardtest.Apart), shape{4, 9, 4}).start()
 	ep := newEndpoint(t, d, stream.Config{})
 	var former []*stream.Conn
 	for slot := range uint32(3) {
@@ -221,8 +213,8 @@ func TestEndpointAfterEndpoint(t *testing.T) {
 // TestPatrol runs connections over devices without interrupts.
 func TestPatrol(t *testing.T) {
 	nettest.TestConn(t, func() (c1, c2 net.Conn, stop func(), err error) {
-		b := newBoard(t, boardConfig{peers: 2, vectors: 1, output: 64 << 10, silent: true})
-		x, y := newEndpoint(t, b.device(t, 0), stream.Config{}), newEndpoint(t, b.device(t, 1), stream.Config{})
+		b := boardtest.New(t, boardtest.Config{Peers: 2, Vectors: 1, Output: 64 << 10})
+		x, y := newEndpoint(t, b.Device(t, 0, boardtest.Silent), stream.Config{}), newEndpoint(t, b.Device(t, 1, boardtest.Silent), stream.Config{})
 		a, z := connect(t, x, y, 7)
 		return a, z, func() { a.Close(); z.Close() }, nil
 	})
@@ -230,9 +222,9 @@ func TestPatrol(t *testing.T) {
 
 // TestPatrolDeviceCloses closes the device under an endpoint without interrupts.
 func TestPatrolDeviceCloses(t *testing.T) {
-	for _, silent := range []bool{true, false} {
-		b := newBoard(t, boardConfig{peers: 2, vectors: 1, output: 64 << 10, silent: silent})
-		d := b.device(t, 0)
+	for _, w := range []boardtest.Wiring{boardtest.Silent, boardtest.Apart} {
+		b := boardtest.New(t, boardtest.Config{Peers: 2, Vectors: 1, Output: 64 << 10})
+		d := b.Device(t, 0, w)
 		ep, err := stream.New(d, stream.Config{})
 		if err != nil {
 			t.Fatal(err)
@@ -275,10 +267,8 @@ func TestStress(t *testing.T) {
 			return ivshmemtest.Peers(t, link.Config{Peers: 2, Vectors: 2, Output: 64 << 10}, ivshmem.WithSleep(ivshmem.SleepPoller))
 		},
 		"one silent": func(t testing.TB) []*ivshmem.Device {
-			b := newBoard(t, boardConfig{peers: 3, vectors: 2, output: 64 << 10})
-			loud := b.device(t, 0)
-			b.silent = true
-			return []*ivshmem.Device{loud, b.device(t, 1), b.device(t, 2)}
+			b := boardtest.New(t, boardtest.Config{Peers: 3, Vectors: 2, Output: 64 << 10})
+			return []*ivshmem.Device{b.Device(t, 0, boardtest.Apart), b.Device(t, 1, boardtest.Silent), b.Device(t, 2, boardtest.Silent)}
 		},
 	}
 	for kind, devices := range kinds {

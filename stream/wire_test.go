@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/ivshmem-go/ivshmem"
+	"github.com/ivshmem-go/ivshmem/internal/boardtest"
 	"github.com/ivshmem-go/ivshmem/ivshmemtest"
 	"github.com/ivshmem-go/ivshmem/link"
 	"github.com/ivshmem-go/ivshmem/stream"
@@ -33,9 +34,9 @@ func newEndpoint(t testing.TB, d *ivshmem.Device, c stream.Config) *stream.Endpo
 // pair is an endpoint, peer 0, and a model, peer 1, on a board.
 func pair(t testing.TB, c stream.Config, s shape) (*stream.Endpoint, *model) {
 	t.Helper()
-	b := newBoard(t, boardConfig{peers: 2, vectors: 2, output: 64 << 10})
-	ep := newEndpoint(t, b.device(t, 0), c)
-	return ep, newModel(t, b.device(t, 1), s).start()
+	b := boardtest.New(t, boardtest.Config{Peers: 2, Vectors: 2, Output: 64 << 10})
+	ep := newEndpoint(t, b.Device(t, 0, boardtest.Apart), c)
+	return ep, newModel(t, b.Device(t, 1, boardtest.Apart), s).start()
 }
 
 // accept lets the model dial the endpoint.
@@ -424,9 +425,9 @@ func TestRestart(t *testing.T) {
 // and another with rings of another size write over them: none of it may be
 // read as the former's.
 func TestRestartOtherShape(t *testing.T) {
-	b := newBoard(t, boardConfig{peers: 2, vectors: 2, output: 64 << 10})
-	ep := newEndpoint(t, b.device(t, 0), stream.Config{})
-	m := newModel(t, b.device(t, 1), shape{32, 9, 4}).start()
+	b := boardtest.New(t, boardtest.Config{Peers: 2, Vectors: 2, Output: 64 << 10})
+	ep := newEndpoint(t, b.Device(t, 0, boardtest.Apart), stream.Config{})
+	m := newModel(t, b.Device(t, 1, boardtest.Apart), shape{32, 9, 4}).start()
 	c, k := accept(t, ep, m, 31)
 	k.record(0, []byte("one"))
 	k.record(0, []byte("two"))
@@ -434,7 +435,7 @@ func TestRestartOtherShape(t *testing.T) {
 	if must(c.Read(p)) != 3 || string(p) != "one" {
 		t.Fatalf("read %q", p)
 	}
-	b.kill(1)
+	b.SetState(1, 0)
 	// A successor that knows nothing of the slot, nor of the former's rings.
 	store(m.own, 8, 0)
 	copy(m.own[k.m.ringAt(31)+k.head:][24:], "six")
@@ -447,9 +448,9 @@ func TestRestartOtherShape(t *testing.T) {
 // TestPackedLastWords lets a peer die behind a packed record of which a message
 // was read: the others are there, too.
 func TestPackedLastWords(t *testing.T) {
-	b := newBoard(t, boardConfig{peers: 2, vectors: 2, output: 64 << 10})
-	ep := newEndpoint(t, b.device(t, 0), stream.Config{})
-	m := newModel(t, b.device(t, 1), shape{4, 9, 4}).start()
+	b := boardtest.New(t, boardtest.Config{Peers: 2, Vectors: 2, Output: 64 << 10})
+	ep := newEndpoint(t, b.Device(t, 0, boardtest.Apart), stream.Config{})
+	m := newModel(t, b.Device(t, 1, boardtest.Apart), shape{4, 9, 4}).start()
 	c, k := accept(t, ep, m, 0)
 	var p []byte
 	for i := range byte(3) {
@@ -462,7 +463,7 @@ func TestPackedLastWords(t *testing.T) {
 			t.Fatalf("message %d: %d bytes, %v", i, n, err)
 		}
 		if i == 0 {
-			b.kill(1)
+			b.SetState(1, 0)
 			until(t, "the death to be seen", func() bool {
 				_, err := c.Write(nil)
 				return errors.Is(err, syscall.ECONNRESET)

@@ -130,7 +130,7 @@ func TestLinux(t *testing.T) {
 				t.Run(fmt.Sprintf("%d vectors, %s, wiring %d", vectors, name, w), func(t *testing.T) {
 					t.Parallel()
 					b := newBoard(t, protocol, 0xf000, vectors)
-					s := serve(t, b.peer(t, 0, w), echo(8, 8, 8))
+					s := serve(t, b.Device(t, 0, w), echo(8, 8, 8))
 					l := newLinux(t, b)
 					l.want = func() uint64 { return 1<<32 | 1<<33 | 1<<36 | features }
 					for round := range 2 {
@@ -167,12 +167,12 @@ func TestDeaths(t *testing.T) {
 func rounds(t *testing.T, n int) {
 	b := newBoard(t, protocol, 0xf000, 2)
 	random := rand.New(rand.NewPCG(1, 2))
-	dev := b.peer(t, 0, apart)
+	dev := b.Device(t, 0, apart)
 	back := serve(t, dev, echo(8, 8))
 	restart := func() {
 		back.stop()
 		dev.Close()
-		dev = b.peer(t, 0, apart)
+		dev = b.Device(t, 0, apart)
 		back = serve(t, dev, echo(8, 8))
 	}
 	var worked, deaths, backDeaths int
@@ -186,11 +186,11 @@ func rounds(t *testing.T, n int) {
 			}
 			if guest {
 				deaths++
-				b.kill(1)
+				b.Kill(1)
 				panic(killed{})
 			}
 			backDeaths++
-			b.kill(0)
+			b.Kill(0)
 		}
 		err := l.life(&worked)
 		switch {
@@ -298,7 +298,7 @@ func TestGuard(t *testing.T) {
 			}
 		}
 	}
-	s := serve(t, b.peer(t, 0, apart), d)
+	s := serve(t, b.Device(t, 0, apart), d)
 	until(t, "Serve waits", s.Guarding)
 	l := hostile(t, b, modern)
 	l.describe(hostileDesc, 0, 0x1800, 4, 0, 0)
@@ -320,7 +320,7 @@ func TestGuard(t *testing.T) {
 func TestStorm(t *testing.T) {
 	t.Parallel()
 	b := newBoard(t, protocol, 0xf000, 2)
-	s := serve(t, b.peer(t, 0, apart), echo(8))
+	s := serve(t, b.Device(t, 0, apart), echo(8))
 	l := newLinux(t, b)
 	if err := l.again(1); err != nil {
 		t.Fatal(err)
@@ -355,7 +355,7 @@ func TestStorm(t *testing.T) {
 func TestDoubleFetch(t *testing.T) {
 	t.Parallel()
 	b := newBoard(t, protocol, hostileSection, 2)
-	s := serve(t, b.peer(t, 0, apart), echo(8))
+	s := serve(t, b.Device(t, 0, apart), echo(8))
 	l := hostile(t, b, modern|1<<28)
 	var group sync.WaitGroup
 	var calm atomic.Bool

@@ -20,7 +20,7 @@ func TestEntropy(t *testing.T) {
 	t.Parallel()
 	b := newBoard(t, 0x8004, 0x2000, 2)
 	source := bytes.Repeat([]byte("0123456789abcdef"), 512)
-	serve(t, b.peer(t, 0, apart), entropy.Device(bytes.NewReader(source)))
+	serve(t, b.Device(t, 0, apart), entropy.Device(bytes.NewReader(source)))
 	l := newLinux(t, b)
 	if err := l.again(1); err != nil {
 		t.Fatal(err)
@@ -38,7 +38,7 @@ func TestEntropy(t *testing.T) {
 // A source that has nothing left ends the service, and not the process.
 func TestEntropyEnds(t *testing.T) {
 	b := newBoard(t, 0x8004, 0x2000, 2)
-	s := serve(t, b.peer(t, 0, apart), entropy.Device(strings.NewReader("x")))
+	s := serve(t, b.Device(t, 0, apart), entropy.Device(strings.NewReader("x")))
 	l := newLinux(t, b)
 	if err := l.again(1); err != nil {
 		t.Fatal(err)
@@ -103,7 +103,7 @@ func newDisk(t *testing.T, size int64, vectors int, c block.Config, accept uint6
 	}
 	t.Cleanup(func() { f.Close() })
 	b := newBoard(t, 0x8002, 0xdf000, vectors)
-	dev := b.peer(t, 0, apart)
+	dev := b.Device(t, 0, apart)
 	i := &image{Image: f}
 	d, err := block.Device(dev, i, c)
 	if err != nil {

@@ -19,7 +19,7 @@ import (
 // openDriver opens a driver without features of its own.
 func openDriver(t testing.TB, b *board, w wiring) *virtio.Driver {
 	t.Helper()
-	d, err := virtio.Open(t.Context(), b.peer(t, 1, w), virtio.DriverConfig{ID: entropy.ID})
+	d, err := virtio.Open(t.Context(), b.Device(t, 1, w), virtio.DriverConfig{ID: entropy.ID})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -89,7 +89,7 @@ func TestDriver(t *testing.T) {
 			t.Run(fmt.Sprintf("%d vectors, wiring %d", vectors, w), func(t *testing.T) {
 				t.Parallel()
 				b := newBoard(t, protocol, 0x8000, vectors)
-				s := serve(t, b.peer(t, 0, apart), echo(8, 64, 4))
+				s := serve(t, b.Device(t, 0, apart), echo(8, 64, 4))
 				for range 2 {
 					d, queues := started(t, b, w, 8, 100, 7)
 					if queues[0].Size() != 8 || queues[1].Size() != 64 || queues[2].Size() != 4 {
@@ -179,7 +179,7 @@ func TestDiskAgainstExample(t *testing.T) {
 		}
 		return 1
 	}
-	d, err := block.Open(t.Context(), b.peer(t, 1, apart))
+	d, err := block.Open(t.Context(), b.Device(t, 1, apart))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -213,12 +213,12 @@ func TestDriverEnds(t *testing.T) {
 		want error
 	}{
 		"back-end leaves": {func(_ *board, e *example, _ *virtio.Driver) { e.end() }, virtio.ErrBackEndGone},
-		"back-end dies":   {func(b *board, _ *example, _ *virtio.Driver) { b.kill(0) }, virtio.ErrBackEndGone},
+		"back-end dies":   {func(b *board, _ *example, _ *virtio.Driver) { b.Kill(0) }, virtio.ErrBackEndGone},
 		"closed":          {func(_ *board, _ *example, d *virtio.Driver) { d.Close() }, os.ErrClosed},
 		"device closed":   {func(_ *board, _ *example, d *virtio.Driver) { d.Device().Close() }, os.ErrClosed},
 		"needs reset": {func(b *board, e *example, _ *virtio.Driver) {
-			put32(b.memory, 0x44, 0x4f)
-			put8(b.memory, 0x40, 1)
+			put32(b.ReadWrite(), 0x44, 0x4f)
+			put8(b.ReadWrite(), 0x40, 1)
 			e.p.Store(0x0c, 1<<16)
 		}, virtio.ErrNeedsReset},
 	} {
@@ -265,7 +265,7 @@ func TestDriverContext(t *testing.T) {
 	b := newBoard(t, protocol, 0x8000, 2)
 	ctx, cancel := context.WithCancel(t.Context())
 	opened := make(chan error, 1)
-	dev := b.peer(t, 1, apart)
+	dev := b.Device(t, 1, apart)
 	go func() { // there is no back-end
 		_, err := virtio.Open(ctx, dev, virtio.DriverConfig{ID: entropy.ID})
 		opened <- err
@@ -281,7 +281,7 @@ func TestDriverContext(t *testing.T) {
 		_, err := virtio.Open(ctx, dev, virtio.DriverConfig{ID: entropy.ID})
 		opened <- err
 	}()
-	until(t, "a register write", func() bool { return get32(b.memory, 8) != 0 })
+	until(t, "a register write", func() bool { return get32(b.ReadWrite(), 8) != 0 })
 	cancel()
 	if err := <-opened; !errors.Is(err, context.Canceled) {
 		t.Error(err)
@@ -297,7 +297,7 @@ func TestDriverConfig(t *testing.T) {
 	dev := echo(8)
 	dev.Config = []byte("0123456789ab")
 	dev.ConfigWritten = func(offset int, value []byte) { written <- fmt.Sprint(offset, " ", string(value)) }
-	s := serve(t, b.peer(t, 0, apart), dev)
+	s := serve(t, b.Device(t, 0, apart), dev)
 	d, _ := started(t, b, apart, 8)
 	p := make([]byte, 12)
 	if err := d.ReadConfig(t.Context(), p, 0); err != nil || string(p) != "0123456789ab" {
@@ -318,7 +318,7 @@ func TestDriverConfig(t *testing.T) {
 	if err := d.ReadConfig(t.Context(), p[:4], 0); err != nil || string(p[:4]) != "AB23" {
 		t.Errorf("%q, %v", p, err)
 	}
-	put32(b.memory, 0x48, 7) // a change that does not end
+	put32(b.ReadWrite(), 0x48, 7) // a change that does not end
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if err := d.ReadConfig(ctx, p, 0); !errors.Is(err, context.Canceled) {

@@ -45,8 +45,8 @@ type exampleQueue struct {
 
 // newExample starts a back-end with so many queues.
 func newExample(t testing.TB, b *board, queues int, config []byte, handle func(q int, s []exampleSegment) uint32) *example {
-	e := &example{TB: t, b: b, m: b.memory, size: 8, config: config, handle: handle,
-		p: b.attach(t, 0, apart), queues: make([]exampleQueue, queues), ended: make(chan struct{})}
+	e := &example{TB: t, b: b, m: b.ReadWrite(), size: 8, config: config, handle: handle,
+		p: b.Attach(t, 0, apart), queues: make([]exampleQueue, queues), ended: make(chan struct{})}
 	go e.run()
 	t.Cleanup(e.end)
 	return e
@@ -59,7 +59,7 @@ func (e *example) end() {
 	}
 }
 
-func (e *example) peerReady() bool { return atomic.LoadUint32(&e.b.states[1]) == 1 }
+func (e *example) peerReady() bool { return e.b.State(1) == 1 }
 
 func (e *example) run() {
 	defer close(e.ended)
@@ -67,7 +67,7 @@ func (e *example) run() {
 	e.p.Store(regs.InterruptControl, 1)
 	for {
 		e.p.Store(regs.State, 0)
-		for atomic.LoadUint32(&e.b.states[1]) != 0 {
+		for e.b.State(1) != 0 {
 			if e.pause() {
 				return
 			}

@@ -66,7 +66,7 @@ func FuzzRegisters(f *testing.F) {
 				t.Errorf("configuration: %d bytes at %d", len(value), offset)
 			}
 		}
-		s := serve(t, b.peer(t, 0, apart), d)
+		s := serve(t, b.Device(t, 0, apart), d)
 		l := frontEnd(t, b)
 		steps(data, func(op byte, at, value uint64) {
 			switch op %= opsRegisters; op {
@@ -148,7 +148,7 @@ func FuzzDriver(f *testing.F) {
 			features = modern
 		}
 		b := newBoard(t, protocol, hostileSection, 2)
-		s := serve(t, b.peer(t, 0, apart), echo(8))
+		s := serve(t, b.Device(t, 0, apart), echo(8))
 		l := hostile(t, b, features)
 		index := uint16(0)
 		steps(data, func(op byte, at, value uint64) {
@@ -210,19 +210,19 @@ func FuzzDevice(f *testing.F) {
 		d, queues := started(t, b, apart, 8)
 		e.hung.Store(true)
 		q := queues[0]
-		used, index := uint64(get32(b.memory, 0x38)), uint16(0)
+		used, index := uint64(get32(b.ReadWrite(), 0x38)), uint16(0)
 		out := map[*virtio.Buffer]int{}
 		steps(data, func(op byte, at, value uint64) {
 			switch op % opsDevice {
 			case opUsed:
-				put32(b.memory, used+4+8*uint64(index%8), uint32(at))
-				put32(b.memory, used+8+8*uint64(index%8), uint32(value))
+				put32(b.ReadWrite(), used+4+8*uint64(index%8), uint32(at))
+				put32(b.ReadWrite(), used+8+8*uint64(index%8), uint32(value))
 				index++
-				put16(b.memory, used+2, index)
+				put16(b.ReadWrite(), used+2, index)
 			case opWords:
-				put32(b.memory, 0x80+at%0x400, uint32(value))
+				put32(b.ReadWrite(), 0x80+at%0x400, uint32(value))
 			case opConfig:
-				put32(b.memory, at%0x58, uint32(value))
+				put32(b.ReadWrite(), at%0x58, uint32(value))
 			case opAdd:
 				buf, err := d.Alloc(100)
 				if err != nil {

@@ -134,11 +134,11 @@ func put16(p []byte, at uint64, v uint16) { putPart(p, at, 0xffff, uint32(v)) }
 func put8(p []byte, at uint64, v uint8)   { putPart(p, at, 0xff, uint32(v)) }
 
 func newLinux(t testing.TB, b *board) *linux {
-	l := &linux{TB: t, b: b, m: b.memory, host: host{
-		vectors: b.vectors,
-		bind:    func() (hostDevice, []byte) { return b.attach(t, 1, apart), b.memory },
-		ready:   func() bool { return atomic.LoadUint32(&b.states[0]) == 1 },
-		alive:   func() bool { return b.alive(0) },
+	l := &linux{TB: t, b: b, m: b.ReadWrite(), host: host{
+		vectors: b.Vectors(),
+		bind:    func() (hostDevice, []byte) { return b.Attach(t, 1, apart), b.ReadWrite() },
+		ready:   func() bool { return b.State(0) == 1 },
+		alive:   func() bool { return b.Alive(0) },
 	}}
 	l.cond = sync.NewCond(&l.mu)
 	return l

@@ -24,7 +24,7 @@ func frontEnd(t testing.TB, b *board) *linux {
 	t.Helper()
 	l := newLinux(t, b)
 	until(t, "the back-end is ready", l.ready)
-	l.p = b.attach(t, 1, apart)
+	l.p = b.Attach(t, 1, apart)
 	l.register(regs.State, 1)
 	l.initMemory(uint64(get32(l.m, 4)))
 	return l
@@ -69,13 +69,13 @@ const modern = 1<<32 | 1<<33
 // and after a reset.
 func TestRegisters(t *testing.T) {
 	b := newBoard(t, protocol, 0x2000, 3)
-	for i := range b.memory {
-		b.memory[i] = 0xee
+	for i := range b.ReadWrite() {
+		b.ReadWrite()[i] = 0xee
 	}
 	d := echo(8, 64)
 	d.Config = []byte{1, 2, 3, 4, 5}
 	d.Features = 1<<9 | 1<<50
-	s := serve(t, b.peer(t, 0, apart), d)
+	s := serve(t, b.Device(t, 0, apart), d)
 	l := frontEnd(t, b)
 	fresh := func(what string) {
 		t.Helper()
@@ -137,8 +137,8 @@ func TestRegisters(t *testing.T) {
 	l.register(regs.State, 0)
 	until(t, "the back-end begins anew", func() bool { return get32(l.m, 0x1c) == 0 && l.ready() })
 	fresh("for the next driver")
-	if n := s.Stats(); n.Violations != 0 || n.Sessions != 0 || b.rung[1] != [16]int{} {
-		t.Errorf("%+v, rung %v", n, b.rung[1])
+	if n := s.Stats(); n.Violations != 0 || n.Sessions != 0 || b.Rung(1) != 0 {
+		t.Errorf("%+v, rung %v", n, b.Rung(1))
 	}
 }
 
@@ -147,9 +147,9 @@ func TestRegisters(t *testing.T) {
 func TestStates(t *testing.T) {
 	b := newBoard(t, protocol, 0x2000, 1)
 	l := newLinux(t, b)
-	l.p = b.attach(t, 1, apart)
+	l.p = b.Attach(t, 1, apart)
 	l.register(regs.State, 1)
-	s := serve(t, b.peer(t, 0, apart), echo(8))
+	s := serve(t, b.Device(t, 0, apart), echo(8))
 	l.register(regs.State, 7)
 	time.Sleep(time.Millisecond) // gives it time to do wrong
 	if l.ready() {
@@ -177,7 +177,7 @@ func TestSessions(t *testing.T) {
 		"failed":     func(l *linux) { l.put(0x44, 4, 0x8f) },
 		"not ok":     func(l *linux) { l.put(0x44, 4, 0x0b) },
 		"left":       func(l *linux) { l.register(regs.State, 0) },
-		"died":       func(l *linux) { l.b.kill(1) },
+		"died":       func(l *linux) { l.b.Kill(1) },
 		"disabled":   func(l *linux) { l.put(0x1c, 4, 0); l.put(0x26, 4, 0) },
 		"many loops": func(l *linux) { l.put(0x44, 4, 0); l.put(0x44, 4, 0); l.put(0x44, 4, 0) },
 	} {
@@ -204,7 +204,7 @@ func TestSessions(t *testing.T) {
 				ended <- nil
 				return errors.New("it does not matter")
 			}}
-			s := serve(t, b.peer(t, 0, apart), d)
+			s := serve(t, b.Device(t, 0, apart), d)
 			l := newLinux(t, b)
 			if err := l.again(1); err != nil {
 				t.Fatal(err)
@@ -236,7 +236,7 @@ func TestRunFails(t *testing.T) {
 	for _, want := range []error{nil, errors.New("out of paper")} {
 		b := newBoard(t, protocol, 0x2000, 2)
 		d := virtio.Device{ID: 4, Queues: []int{8}, Run: func(ctx context.Context, s *virtio.Session) error { return want }}
-		dev := b.peer(t, 0, apart)
+		dev := b.Device(t, 0, apart)
 		back, err := virtio.NewBackEnd(dev, d)
 		if err != nil {
 			t.Fatal(err)
@@ -268,7 +268,7 @@ func TestRunFails(t *testing.T) {
 // The end of Serve ends a session in which nothing happens.
 func TestServeEndsSession(t *testing.T) {
 	b := newBoard(t, protocol, 0x2000, 2)
-	s := serve(t, b.peer(t, 0, apart), echo(8))
+	s := serve(t, b.Device(t, 0, apart), echo(8))
 	l := newLinux(t, b)
 	if err := l.again(1); err != nil {
 		t.Fatal(err)
@@ -286,13 +286,13 @@ func TestServeEndsSession(t *testing.T) {
 // Serve says why it ends.
 func TestServeEnds(t *testing.T) {
 	b := newBoard(t, protocol, 0x2000, 2)
-	dev := b.peer(t, 0, apart)
+	dev := b.Device(t, 0, apart)
 	s := serve(t, dev, echo(8))
 	until(t, "ready", func() bool { return newLinux(t, b).ready() })
 	if err := s.Serve(t.Context()); err == nil {
 		t.Error("served twice")
 	}
-	back, err := virtio.NewBackEnd(b.peer(t, 0, apart), echo(8))
+	back, err := virtio.NewBackEnd(b.Device(t, 0, apart), echo(8))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -325,7 +325,7 @@ func TestFeatures(t *testing.T) {
 			b := newBoard(t, protocol, 0x2000, 2)
 			d := echo(8)
 			d.Features = 1 << 9
-			s := serve(t, b.peer(t, 0, apart), d)
+			s := serve(t, b.Device(t, 0, apart), d)
 			l := frontEnd(t, b)
 			l.acceptFeatures(c.features)
 			if ok := get32(l.m, 0x44) == 0xb; ok != c.ok {
@@ -344,7 +344,7 @@ func TestFeatures(t *testing.T) {
 			if n := s.Stats(); n.Violations != 1 || n.Sessions != 0 {
 				t.Errorf("%+v", n)
 			}
-			if get32(l.m, 0x44) != 0x4f && get32(l.m, 0x44) != 0x47 || get8(l.m, 0x40) != 1 || b.doorbells(1, 0) == 0 {
+			if get32(l.m, 0x44) != 0x4f && get32(l.m, 0x44) != 0x47 || get8(l.m, 0x40) != 1 || b.Doorbells(1, 0) == 0 {
 				t.Errorf("status %#x, configuration event %d", get32(l.m, 0x44), get8(l.m, 0x40))
 			}
 			l.acceptFeatures(modern)
@@ -366,7 +366,7 @@ func TestConfig(t *testing.T) {
 	d := echo(8)
 	d.Config = []byte("0123456789ab")
 	d.ConfigWritten = func(offset int, value []byte) { writes <- write{offset, string(value)} }
-	s := serve(t, b.peer(t, 0, apart), d)
+	s := serve(t, b.Device(t, 0, apart), d)
 	l := frontEnd(t, b)
 	l.put(0x4c+8, 4, 'X'|'Y'<<8)
 	if w := <-writes; w != (write{8, "XY\x00\x00"}) {
@@ -395,8 +395,8 @@ func TestConfig(t *testing.T) {
 	}
 	l.shows("changed", 0x40, "01")
 	l.shows("changed", 0x48, "04000000"+hex.EncodeToString([]byte("0AB3456789aZ")))
-	if b.doorbells(1, 0) != 1 {
-		t.Errorf("%d doorbells", b.doorbells(1, 0))
+	if b.Doorbells(1, 0) != 1 {
+		t.Errorf("%d doorbells", b.Doorbells(1, 0))
 	}
 	// It is kept for the next driver.
 	l.register(regs.State, 0)
@@ -442,7 +442,7 @@ func TestQueueRegisters(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			b := newBoard(t, protocol, section, 2)
-			s := serve(t, b.peer(t, 0, apart), echo(8))
+			s := serve(t, b.Device(t, 0, apart), echo(8))
 			l := frontEnd(t, b)
 			l.acceptFeatures(modern)
 			l.put(0x1c, 4, 0)
@@ -460,7 +460,7 @@ func TestQueueRegisters(t *testing.T) {
 			if status := get32(l.m, 0x44); (status == 0xb) != c.ok || !c.ok && status != 0x4b {
 				t.Errorf("status %#x", status)
 			}
-			if b.rung[1] != [16]int{} {
+			if b.Rung(1) != 0 {
 				t.Error("rung before DRIVER_OK")
 			}
 		})

@@ -120,7 +120,7 @@ func TestDescriptors(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			b := newBoard(t, protocol, hostileSection, 2)
-			dev := b.peer(t, 0, apart)
+			dev := b.Device(t, 0, apart)
 			s := serve(t, dev, echo(8))
 			features := uint64(modern | 1<<28 | 1<<29)
 			if c.direct {
@@ -147,7 +147,7 @@ func TestDescriptors(t *testing.T) {
 				if get16(l.m, hostileUsed+2) != 0 {
 					t.Error("something was used")
 				}
-				until(t, "vector 0 is rung", func() bool { return b.doorbells(1, 0) == 1 })
+				until(t, "vector 0 is rung", func() bool { return b.Doorbells(1, 0) == 1 })
 			}
 			l.works(features)
 		})
@@ -162,7 +162,7 @@ func TestTooManyBuffers(t *testing.T) {
 	taken := make(chan *virtio.Chain, 100)
 	d := echo(8)
 	d.Run = keepAll(taken)
-	s := serve(t, b.peer(t, 0, apart), d)
+	s := serve(t, b.Device(t, 0, apart), d)
 	l := hostile(t, b, modern)
 	l.describe(hostileDesc, 0, 0x1800, 4, 0, 0)
 	for i := range uint16(8) {
@@ -185,7 +185,7 @@ func TestIndexGoesBack(t *testing.T) {
 	taken := make(chan *virtio.Chain, 100)
 	d := echo(8)
 	d.Run = keepAll(taken)
-	s := serve(t, b.peer(t, 0, apart), d)
+	s := serve(t, b.Device(t, 0, apart), d)
 	l := hostile(t, b, modern)
 	l.describe(hostileDesc, 0, 0x1800, 4, 0, 0)
 	put16(l.m, hostileAvail+2, 4)
@@ -211,7 +211,7 @@ func TestAvailIndexes(t *testing.T) {
 		next := make(chan uint16)
 		d := echo(8)
 		d.Run = walkIndexes(next, violated)
-		serve(t, b.peer(t, 0, apart), d)
+		serve(t, b.Device(t, 0, apart), d)
 		l := hostile(t, b, modern|eventIdx)
 		l.describe(hostileDesc, 0, 0x1800, 4, 0, 0)
 		last := uint16(0)
@@ -284,20 +284,20 @@ func TestUsed(t *testing.T) {
 					}
 				}
 				// The rings are where the driver said.
-				avail, used := uint64(get32(b.memory, 0x30)), uint64(get32(b.memory, 0x38))
-				head := get16(b.memory, avail+4)
+				avail, used := uint64(get32(b.ReadWrite(), 0x30)), uint64(get32(b.ReadWrite(), 0x38))
+				head := get16(b.ReadWrite(), avail+4)
 				id := c.id
 				switch {
 				case id == -1:
 					id = int64(head)
 				case id == -2 && low&(1<<28) == 0:
-					id = int64(get16(b.memory, uint64(get32(b.memory, 0x28))+16*uint64(head)+14))
+					id = int64(get16(b.ReadWrite(), uint64(get32(b.ReadWrite(), 0x28))+16*uint64(head)+14))
 				case id == -2:
 					id = 2 // its table leads there
 				}
-				put32(b.memory, used+4, uint32(id))
-				put32(b.memory, used+8, c.n)
-				put16(b.memory, used+2, c.index)
+				put32(b.ReadWrite(), used+4, uint32(id))
+				put32(b.ReadWrite(), used+8, c.n)
+				put16(b.ReadWrite(), used+2, c.index)
 				buf, n, err := q.Next(t.Context())
 				var v *virtio.ViolationError
 				if c.field == "" {
@@ -305,8 +305,8 @@ func TestUsed(t *testing.T) {
 						t.Errorf("%d bytes, %v", n, err)
 					}
 					// And again: it is nobody's any more.
-					put32(b.memory, used+12, uint32(id))
-					put16(b.memory, used+2, 2)
+					put32(b.ReadWrite(), used+12, uint32(id))
+					put16(b.ReadWrite(), used+2, 2)
 					if _, _, err = q.Next(t.Context()); !errors.As(err, &v) {
 						t.Errorf("used twice: %v", err)
 					}
@@ -334,12 +334,12 @@ func TestHostileBlock(t *testing.T) {
 		{0, 0, "revision"}, {4, 0, "size"}, {4, 0x4b, "size"}, {4, 0x2001, "size"}, {4, 1<<32 - 1, "size"},
 	} {
 		b := newBoard(t, protocol, 0x2000, 2)
-		put32(b.memory, 0, 1)
-		put32(b.memory, 4, 0x4c)
-		put32(b.memory, c.at, c.value)
-		p := b.attach(t, 0, apart)
+		put32(b.ReadWrite(), 0, 1)
+		put32(b.ReadWrite(), 4, 0x4c)
+		put32(b.ReadWrite(), c.at, c.value)
+		p := b.Attach(t, 0, apart)
 		p.Store(0x10, 1)
-		_, err := virtio.Open(t.Context(), b.peer(t, 1, apart), virtio.DriverConfig{ID: 4})
+		_, err := virtio.Open(t.Context(), b.Device(t, 1, apart), virtio.DriverConfig{ID: 4})
 		var v *virtio.ViolationError
 		if !errors.As(err, &v) || v.Field != c.field || v.Value != uint64(c.value) {
 			t.Errorf("%d at %d: %v", c.value, c.at, err)

@@ -1,231 +1,27 @@
 package vnet_test
 
 import (
-	"encoding/hex"
-	"os"
-	"sync"
-	"sync/atomic"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
-	"github.com/ivshmem-go/ivshmem"
-	"github.com/ivshmem-go/ivshmem/regs"
-	"github.com/ivshmem-go/ivshmem/shmem"
+	"github.com/ivshmem-go/ivshmem/internal/boardtest"
 )
 
-// wiring is how interrupts of a board arrive.
-type wiring int
+// The names of boardtest that the tests here are full of.
+type (
+	board  = boardtest.Board
+	wiring = boardtest.Wiring
+)
 
 const (
-	apart    wiring = iota // a descriptor for each vector
-	merged                 // one for all, as behind uio_ivshmem, in one-shot mode
-	silent                 // none
-	vector0                // only those of vector 0
-	oneShots               // a descriptor for each vector, in one-shot mode
+	apart    = boardtest.Apart
+	merged   = boardtest.Merged
+	oneShots = boardtest.OneShots
+	silent   = boardtest.Silent
+	vector0  = boardtest.Vector0
 )
 
-// board is a link of two peers that is nothing but memory and eventfds, for what
-// the service does not do, and for a thousand links in a second.
-type board struct {
-	memory  []byte
-	layout  shmem.Layout
-	vectors int
-
-	mu     sync.Mutex
-	states [2]uint32
-	peers  [2]*boardPeer
-	rung   [2][2]int // doorbells, by peer and vector
-}
-
-// boardPeer is the device of one peer: a back end.
-type boardPeer struct {
-	*board
-	id       uint32
-	wiring   wiring
-	config   []byte
-	sections shmem.Sections
-	fds      []int
-	control  uint32 // Interrupt Control
-	loads    atomic.Int64
-	script   func() uint32 // what the State Table says, if it is not nil
-	closed   atomic.Bool
-}
-
+// newBoard is a link as ivshmem-net's, with output sections of a size.
 func newBoard(t testing.TB, output uint64, vectors int) *board {
 	t.Helper()
-	layout, err := shmem.NewLayout(4096, 0, output, 2)
-	if err != nil {
-		t.Fatal(err)
-	}
-	// A mapping, as in earnest: what peers do to each other there is no race of
-	// this program.
-	memory, err := unix.Mmap(-1, 0, int(layout.Total()), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_SHARED)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { unix.Munmap(memory) })
-	return &board{memory: memory, layout: layout, vectors: vectors}
-}
-
-// device is a fresh device of a peer, as after a restart.
-func (b *board) device(t testing.TB, id uint32, w wiring) *ivshmem.Device {
-	t.Helper()
-	p := &boardPeer{board: b, id: id, wiring: w, config: make([]byte, 256)}
-	for at, row := range map[int]string{
-		0x00: "0a110641", 0x06: "1000", 0x08: "000100ff", 0x34: "40", // protocol 0001h
-		0x40: "09601800", 0x44: "00100000", // State Table of 1000h bytes
-		0x60: "1100", 0x62: "0100", // MSI-X with two vectors
-	} {
-		bytes, err := hex.DecodeString(row)
-		if err != nil {
-			t.Fatal(err)
-		}
-		copy(p.config[at:], bytes)
-	}
-	p.config[0x62] = byte(b.vectors - 1)
-	memory, err := shmem.NewMemory(b.memory)
-	if err != nil {
-		t.Fatal(err)
-	}
-	p.sections = shmem.Sections{Layout: b.layout, States: table{p}}
-	if p.sections.Output, err = memory.ReadWrite(shmem.NameOutput, b.layout.OutputOffset(id), b.layout.Output); err != nil {
-		t.Fatal(err)
-	}
-	if p.sections.Inputs, err = memory.ReadOnly(shmem.NameInputs, b.layout.OutputOffset(0), 2*b.layout.Output); err != nil {
-		t.Fatal(err)
-	}
-	fds := map[wiring]int{apart: b.vectors, oneShots: b.vectors, merged: 1, vector0: 1}[w]
-	for range fds {
-		fd, err := unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC)
-		if err != nil {
-			t.Fatal(err)
-		}
-		p.fds = append(p.fds, fd)
-	}
-	b.mu.Lock()
-	b.peers[id] = p
-	b.mu.Unlock()
-	var opts []ivshmem.Option
-	if w == oneShots {
-		opts = append(opts, ivshmem.WithOneShot())
-	}
-	d, err := ivshmem.New(p, opts...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { d.Close() })
-	return d
-}
-
-func (p *boardPeer) Address() string           { return "board" }
-func (p *boardPeer) Driver() string            { return "board" }
-func (p *boardPeer) Config() ([]byte, error)   { return p.config, nil }
-func (p *boardPeer) Sections() *shmem.Sections { return &p.sections }
-
-func (p *boardPeer) Interrupts() ivshmem.Interrupts {
-	return ivshmem.Interrupts{FDs: p.fds, Shared: p.wiring == merged}
-}
-
-func (p *boardPeer) WriteConfig(offset int, v uint8) error {
-	p.config[offset] = v
-	return nil
-}
-
-// stateOf is the State Table.
-func (b *board) stateOf(peer uint32) uint32 { return atomic.LoadUint32(&b.states[peer]) }
-
-func (p *boardPeer) load(peer uint32) (uint32, error) {
-	p.loads.Add(1)
-	if p.script != nil {
-		return p.script(), nil
-	}
-	return p.stateOf(peer), nil
-}
-
-// table is the State Table of a device, which counts how often it is read.
-type table struct{ p *boardPeer }
-
-func (s table) Load(peer uint32) (uint32, error) { return s.p.load(peer) }
-
-func (p *boardPeer) Load(r regs.Register) (uint32, error) {
-	switch {
-	case p.closed.Load():
-		return 0, os.ErrClosed
-	case r == regs.MaxPeers:
-		return 2, nil
-	}
-	return p.id, nil
-}
-
-func (p *boardPeer) Store(r regs.Register, v uint32) error {
-	if p.closed.Load() {
-		return os.ErrClosed
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	switch r {
-	case regs.InterruptControl:
-		p.control = v
-	case regs.DoorbellRegister:
-		p.rung[v>>16&1][v&1]++
-		p.interrupt(v>>16, int(v&0xffff))
-	case regs.State:
-		p.setState(p.id, v)
-	}
-	return nil
-}
-
-// interrupt raises a vector. The caller holds b.mu.
-func (b *board) interrupt(peer uint32, vector int) {
-	p := b.peers[peer]
-	if p == nil || p.control == 0 || vector >= b.vectors {
-		return
-	}
-	if p.config[0x43]&1 != 0 {
-		p.control = 0
-	}
-	switch {
-	case p.wiring == merged:
-		vector = 0
-	case vector >= len(p.fds):
-		return
-	}
-	unix.Write(p.fds[vector], []byte{1, 0, 0, 0, 0, 0, 0, 0})
-}
-
-// setState sets a State, and tells the other. The caller holds b.mu.
-func (b *board) setState(peer, v uint32) {
-	if atomic.SwapUint32(&b.states[peer], v) != v {
-		b.interrupt(1-peer, 0)
-	}
-}
-
-// doorbells is how often a vector of a peer was rung.
-func (b *board) doorbells(peer uint32, vector int) int {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.rung[peer][vector]
-}
-
-// kill is the death of a peer: its State, and nothing else.
-func (b *board) kill(peer uint32) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.setState(peer, 0)
-}
-
-func (p *boardPeer) Close() error {
-	if p.closed.Swap(true) {
-		return nil
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.board.peers[p.id] == p {
-		p.board.peers[p.id] = nil
-	}
-	for _, fd := range p.fds {
-		unix.Close(fd)
-	}
-	return nil
+	return boardtest.New(t, boardtest.Config{Vectors: vectors, Protocol: 1, Output: output})
 }

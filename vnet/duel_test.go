@@ -191,8 +191,8 @@ func boardDuel(t testing.TB, model loader, output uint64, vectors int, w wiring,
 	b := newBoard(t, output, vectors)
 	id := uint32(modelsForm.seed+output/4096) & 1
 	return newDuel(t, [2]loader{loadOurs, model}, [2]func() *ivshmem.Device{
-		func() *ivshmem.Device { return b.device(t, id, w) },
-		func() *ivshmem.Device { return b.device(t, 1-id, apart) },
+		func() *ivshmem.Device { return b.Device(t, id, w) },
+		func() *ivshmem.Device { return b.Device(t, 1-id, apart) },
 	}, [2]int{own, its})
 }
 

@@ -68,7 +68,7 @@ func TestMTU(t *testing.T) {
 		{0x2000, 1500, 1500}, {0x2000, 1601, 0},
 		{0x100000, 0, 16384}, {0x100000, 65535, 65535}, {0x100000, 65536, 0}, {0x100000, 1 << 40, 0},
 	} {
-		l, err := vnet.Open(newBoard(t, c.output, 2).device(t, 0, apart), vnet.Config{MTU: c.mtu})
+		l, err := vnet.Open(newBoard(t, c.output, 2).Device(t, 0, apart), vnet.Config{MTU: c.mtu})
 		if c.want == 0 {
 			var e *vnet.MTUError
 			if !errors.As(err, &e) || e.MTU != c.mtu || e.Max == 0 || e.Data == 0 {

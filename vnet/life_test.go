@@ -152,7 +152,7 @@ func TestClose(t *testing.T) {
 			t.Run(what+"/"+name, func(t *testing.T) {
 				b := newBoard(t, 0x1000, 2)
 				r := newRaw(t, b, 1)
-				d := b.device(t, 0, w)
+				d := b.Device(t, 0, w)
 				l := open(t, d, vnet.Config{MTU: 68})
 				r.start()
 				carrier(t, true, l)
@@ -204,7 +204,7 @@ func TestWaitEnds(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			b := newBoard(t, 0x1000, 2)
 			r := newRaw(t, b, 1)
-			l := open(t, b.device(t, 0, w), vnet.Config{MTU: 68})
+			l := open(t, b.Device(t, 0, w), vnet.Config{MTU: 68})
 			r.start()
 			carrier(t, true, l)
 			for what, f := range map[string]func(context.Context) error{
@@ -230,7 +230,7 @@ func TestWaitEnds(t *testing.T) {
 				cancel()
 			}
 			// The caretaker sees to the state when nobody waits.
-			b.kill(1)
+			b.SetState(1, 0)
 			carrier(t, false, l)
 			r.start()
 			carrier(t, true, l)
@@ -253,7 +253,7 @@ func TestResetInHand(t *testing.T) {
 		}
 		b := r.b
 		if i%2 == 0 {
-			b.kill(1)
+			b.SetState(1, 0)
 		} else {
 			l.Down()
 		}
@@ -289,7 +289,7 @@ func TestUnknownStates(t *testing.T) {
 	b := newBoard(t, 0x4000, 2)
 	r := newRaw(t, b, 1)
 	r.setState(99)
-	l := open(t, b.device(t, 0, apart), vnet.Config{})
+	l := open(t, b.Device(t, 0, apart), vnet.Config{})
 	until(t, "a look", func() bool { return l.Stats().PeerState == 99 })
 	if r.state() != 0 {
 		t.Errorf("state %d, the peer is in 99", r.state())
@@ -320,10 +320,10 @@ func TestUnknownStates(t *testing.T) {
 // link lets others have their turn, and then no more, without an interrupt.
 func TestFlappingPeer(t *testing.T) {
 	b := newBoard(t, 0x4000, 2)
-	d := b.device(t, 0, apart)
+	d := b.Device(t, 0, apart)
 	states := []uint32{0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1}
 	var mu sync.Mutex
-	b.peers[0].script = func() uint32 {
+	b.Script(0, func() uint32 {
 		mu.Lock()
 		defer mu.Unlock()
 		if len(states) == 0 {
@@ -332,7 +332,7 @@ func TestFlappingPeer(t *testing.T) {
 		s := states[0]
 		states = states[1:]
 		return s
-	}
+	})
 	l := open(t, d, vnet.Config{})
 	carrier(t, true, l)
 	if s := l.Stats(); s.Resets.Peer != 4 {

@@ -310,8 +310,8 @@ func TestModelsAmongThemselves(t *testing.T) {
 			t.Parallel()
 			board := newBoard(t, 0x4000, a.vectors)
 			d := newDuel(t, [2]loader{a.load, b.load}, [2]func() *ivshmem.Device{
-				func() *ivshmem.Device { return board.device(t, 0, apart) },
-				func() *ivshmem.Device { return board.device(t, 1, apart) },
+				func() *ivshmem.Device { return board.Device(t, 0, apart) },
+				func() *ivshmem.Device { return board.Device(t, 1, apart) },
 			}, [2]int{1500, 1500})
 			d.settle()
 			d.both(modelsForm.frames)

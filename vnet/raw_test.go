@@ -29,9 +29,9 @@ type raw struct {
 // newRaw is a peer in State RESET.
 func newRaw(t testing.TB, b *board, id uint32) *raw {
 	t.Helper()
-	out := b.layout.Output
-	section := func(id uint64) []byte { return b.memory[4096+id*out:][:out] }
-	r := &raw{TB: t, b: b, id: id, dev: b.device(t, id, apart), own: section(uint64(id)), other: section(uint64(1 - id))}
+	out := b.Layout.Output
+	section := func(id uint64) []byte { return b.Memory[4096+id*out:][:out] }
+	r := &raw{TB: t, b: b, id: id, dev: b.Device(t, id, apart), own: section(uint64(id)), other: section(uint64(1 - id))}
 	for _, g := range geometries {
 		if g.output == out {
 			r.n, r.header = uint64(g.entries), g.header
@@ -64,7 +64,7 @@ func put16(p []byte, at uint64, v uint16) {
 
 func put32(p []byte, at uint64, v uint32) { atomic.StoreUint32(word(p, at), v) }
 
-func (r *raw) state() uint32 { return r.b.stateOf(1 - r.id) }
+func (r *raw) state() uint32 { return r.b.State(1 - r.id) }
 
 func (r *raw) setState(v uint32) {
 	r.Helper()
@@ -139,7 +139,7 @@ func (r *raw) send(frame []byte) {
 func (r *raw) ring() {
 	r.Helper()
 	vector := 1
-	if r.b.vectors == 1 {
+	if r.b.Vectors() == 1 {
 		vector = 0
 	}
 	if err := r.dev.Ring(1-r.id, vector); err != nil {
@@ -190,7 +190,7 @@ func against(t testing.TB, output uint64, c vnet.Config) (*vnet.Link, *raw) {
 	t.Helper()
 	b := newBoard(t, output, 2)
 	r := newRaw(t, b, 1)
-	l := open(t, b.device(t, 0, apart), c)
+	l := open(t, b.Device(t, 0, apart), c)
 	r.start()
 	carrier(t, true, l)
 	return l, r

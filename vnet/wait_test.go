@@ -134,7 +134,7 @@ func TestTransfer(t *testing.T) {
 					frames = 300
 				}
 				b := newBoard(t, 0x4000, vectors)
-				l := [2]*vnet.Link{open(t, b.device(t, 0, w), vnet.Config{MTU: 1000}), open(t, b.device(t, 1, apart), vnet.Config{MTU: 3648})}
+				l := [2]*vnet.Link{open(t, b.Device(t, 0, w), vnet.Config{MTU: 1000}), open(t, b.Device(t, 1, apart), vnet.Config{MTU: 3648})}
 				carrier(t, true, l[:]...)
 				transfer(t, l, frames)
 				for i := range l {
@@ -251,12 +251,11 @@ func TestRudePeer(t *testing.T) {
 func TestStateTableIsLeftAlone(t *testing.T) {
 	b := newBoard(t, 0x4000, 2)
 	r := newRaw(t, b, 1)
-	d := b.device(t, 0, apart)
+	d := b.Device(t, 0, apart)
 	l := open(t, d, vnet.Config{})
 	r.start()
 	carrier(t, true, l)
-	looks := &b.peers[0].loads
-	before := looks.Load()
+	before := b.Looks(0)
 	p := make([]byte, vnet.MaxFrame)
 	for i := range 200 {
 		got := make(chan error)
@@ -269,7 +268,7 @@ func TestStateTableIsLeftAlone(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if n := looks.Load() - before; n > 5 {
+	if n := b.Looks(0) - before; n > 5 {
 		t.Errorf("%d looks at the State Table for 200 frames", n)
 	}
 }
@@ -280,7 +279,7 @@ func TestStateTableIsLeftAlone(t *testing.T) {
 func TestDisarmed(t *testing.T) {
 	b := newBoard(t, 0x4000, 2)
 	r := newRaw(t, b, 1)
-	l := open(t, b.device(t, 0, oneShots), vnet.Config{})
+	l := open(t, b.Device(t, 0, oneShots), vnet.Config{})
 	received := make(chan error)
 	go func() {
 		var err error
@@ -293,14 +292,8 @@ func TestDisarmed(t *testing.T) {
 		r.start()
 		carrier(t, true, l)
 		until(t, "the receiver waits", func() bool {
-			b.mu.Lock()
-			defer b.mu.Unlock()
-			return b.peers[0].control != 0 && !l.Caretaking()
+			return !l.Caretaking() && b.RingAndLeave(0, 1, 1)
 		})
-		b.mu.Lock()
-		b.interrupt(0, 1)
-		b.setState(1, 0)
-		b.mu.Unlock()
 		carrier(t, false, l)
 	}
 	l.Close()
@@ -331,7 +324,7 @@ func TestCaretaker(t *testing.T) {
 func TestHostileStorm(t *testing.T) {
 	b := newBoard(t, 0x1000, 2)
 	r := newRaw(t, b, 1)
-	l := open(t, b.device(t, 0, apart), vnet.Config{MTU: 200})
+	l := open(t, b.Device(t, 0, apart), vnet.Config{MTU: 200})
 	r.start()
 	var users sync.WaitGroup
 	use := func(f func() error) {

@@ -126,11 +126,11 @@ func TestWireUnsafe(t *testing.T) {
 func TestWireCleared(t *testing.T) {
 	b := newBoard(t, 0x4000, 2)
 	r := newRaw(t, b, 1)
-	for i := range b.memory[4096:] {
-		b.memory[4096+i] = byte(i*7 + 1)
+	for i := range b.Memory[4096:] {
+		b.Memory[4096+i] = byte(i*7 + 1)
 	}
 	peers := bytes.Clone(r.own)
-	l := open(t, b.device(t, 0, apart), vnet.Config{})
+	l := open(t, b.Device(t, 0, apart), vnet.Config{})
 	r.await(1)
 	if r.other[5] != byte(5*7+1) {
 		t.Error("cleared in INIT")
@@ -170,7 +170,7 @@ func TestWireCleared(t *testing.T) {
 // TestDoorbells rings where the event indexes say so.
 func TestDoorbells(t *testing.T) {
 	l, r := against(t, 0x4000, vnet.Config{MTU: 100})
-	rung := func() int { return r.b.doorbells(1, 1) }
+	rung := func() int { return r.b.Doorbells(1, 1) }
 	sent := 0
 	// Batches, and what the peer asks for beforehand.
 	for i, c := range []struct {

@@ -72,9 +72,10 @@ var rules = map[string]rule{
 	"virtio/entropy": {own: []string{"", "virtio"}, why: "a device type knows the transport only"},
 	"ivshmemtest":    {own: []string{"", "link", "link/pcidev"}, others: []string{unix}, why: "for tests: the service and its peers in one process"},
 
-	"internal/filecopy": {why: "a protocol over any connection"},
-	"internal/relay":    {why: "joins any two connections"},
-	"internal/compare":  {others: []string{unix}, why: "what a link is compared with is nothing of ours"},
+	"internal/boardtest": {own: []string{"", "regs", "shmem"}, others: []string{unix}, why: "for tests: a link of nothing but memory"},
+	"internal/filecopy":  {why: "a protocol over any connection"},
+	"internal/relay":     {why: "joins any two connections"},
+	"internal/compare":   {others: []string{unix}, why: "what a link is compared with is nothing of ours"},
 	"internal/pingpong": {own: []string{"", "shmem", "stream"}, others: []string{unix, "github.com/HdrHistogram/hdrhistogram-go"},
 		why: "a protocol never knows what carries it"},
 	"cmd/ivshctl": {own: []string{"", "regs", "shmem", "link", "link/pcidev", "link/ivshsock", "internal/sockpath", "stream", "vnet", "vnet/netstack", "vnet/tap", "internal/capture", "internal/fdpass", "internal/filecopy", "internal/relay", "internal/sysfs"}, others: []string{unix, "github.com/urfave/cli/v2"},
