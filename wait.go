@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -271,9 +272,14 @@ func (ws *waiters) lead(ctx context.Context, own *waiter) error {
 			// vector: everybody has to look.
 			ws.rung = nil
 		}
-		done, err := ws.look(ctx, own)
+		done, woken, err := ws.look(ctx, own)
 		if done {
 			return err
+		}
+		if woken > 0 {
+			// They run where this one did, if it lets them: a thread that sleeps
+			// briefly keeps what they need, and another has to be woken for it.
+			runtime.Gosched()
 		}
 		events, err := ws.set.Wait()
 		if err != nil {
@@ -340,9 +346,9 @@ func (ws *waiters) count(vector int) error {
 }
 
 // look asks the conditions of the waiters that the vectors concern, wakes
-// those whose condition holds, and reports whether the leader itself is done.
-// A leader that is done has handed over.
-func (ws *waiters) look(ctx context.Context, own *waiter) (done bool, err error) {
+// those whose condition holds, and reports whether the leader itself is done,
+// and how many others were woken. A leader that is done has handed over.
+func (ws *waiters) look(ctx context.Context, own *waiter) (done bool, woken int, err error) {
 	ws.mu.Lock()
 	defer ws.mu.Unlock()
 	if err = ws.end; err == nil {
@@ -367,6 +373,7 @@ func (ws *waiters) look(ctx context.Context, own *waiter) (done bool, err error)
 		case w == own:
 			done = true
 		default:
+			woken++
 			w.wake <- false
 		}
 		return true
@@ -375,7 +382,7 @@ func (ws *waiters) look(ctx context.Context, own *waiter) (done bool, err error)
 	if done {
 		ws.handOver()
 	}
-	return done, err
+	return done, woken, err
 }
 
 // Recheck makes everybody who waits ask their condition again, for conditions
