@@ -97,13 +97,17 @@ func (b *Buffer) WriteAt(p []byte, offset int64) (int, error) {
 type Segment struct {
 	Offset, Length int
 	Write          bool
+	// Same says that what is in a part to be written may come back to whoever
+	// gets the buffer from the device, which may not write all that it says: it
+	// is not zeroed, as for a buffer that serves the same reader again.
+	Same bool
 }
 
 // Out is a segment for the device to read.
-func Out(offset, length int) Segment { return Segment{offset, length, false} }
+func Out(offset, length int) Segment { return Segment{Offset: offset, Length: length} }
 
 // In is a segment for the device to write.
-func In(offset, length int) Segment { return Segment{offset, length, true} }
+func In(offset, length int) Segment { return Segment{Offset: offset, Length: length, Write: true} }
 
 // DriverQueue is a virtqueue as the driver sees it. It is safe for concurrent
 // use.
@@ -127,6 +131,7 @@ type DriverQueue struct {
 	taken    uint16   // index of the next used buffer
 	pending  uint16   // buffers that the device has
 	quiet    uint16   // flags of avail
+	warm     bool     // something came when it was looked for last
 }
 
 // slot is what the driver knows of a descriptor.
@@ -220,11 +225,20 @@ func (q *DriverQueue) place(entries int) error {
 	return nil
 }
 
+// Delay has the device interrupt when half of the buffers that it has are back,
+// and not for each: for a queue of which Next is waited for as for room, by one
+// who may fill all at once. Without [EventIdx] it does nothing.
+func (q *DriverQueue) Delay() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.delayed = true
+}
+
 // Size is the number of entries.
 func (q *DriverQueue) Size() int { return len(q.slots) }
 
 // Add makes parts of a buffer available to the device: those to be read first,
-// then those to be written, which are zeroed. The device hears of it by Kick,
+// then those to be written, which are zeroed (but see [Segment]). The device hears of it by Kick,
 // and may see it before. It fails with [ErrQueueFull], or with why the driver has
 // ended. The buffer belongs to the device until Next returns it.
 func (q *DriverQueue) Add(b *Buffer, segments ...Segment) error {
@@ -238,7 +252,7 @@ func (q *DriverQueue) Add(b *Buffer, segments ...Segment) error {
 	}
 	m := q.d.mem
 	for _, s := range segments {
-		if s.Write {
+		if s.Write && !s.Same {
 			m.zero(b.at+uint64(s.Offset), uint64(s.Length))
 		}
 	}
@@ -356,6 +370,9 @@ func (q *DriverQueue) Kick() error {
 // [os.ErrClosed].
 func (q *DriverQueue) Next(ctx context.Context) (b *Buffer, written int, err error) {
 	for {
+		if q.d.spin > 0 {
+			q.look(ctx)
+		}
 		if b, written, err = q.TryNext(); b != nil || err != nil {
 			return b, written, err
 		}
@@ -368,10 +385,29 @@ func (q *DriverQueue) Next(ctx context.Context) (b *Buffer, written int, err err
 	}
 }
 
+// look looks for a buffer, but not for long, and asks for no interrupt meanwhile.
+func (q *DriverQueue) look(ctx context.Context) {
+	q.mu.Lock()
+	taken, warm := q.taken, q.warm
+	q.mu.Unlock()
+	if !warm {
+		return
+	}
+	warm = spin(ctx, q.d.spin, func() bool {
+		q.d.life.RLock()
+		defer q.d.life.RUnlock()
+		return q.d.err != nil || q.d.mem.load16(q.used+ringIndex) != taken
+	})
+	q.mu.Lock()
+	q.warm = warm
+	q.mu.Unlock()
+}
+
 // TryNext is Next without waiting: it returns nil where there is no buffer.
 func (q *DriverQueue) TryNext() (b *Buffer, written int, err error) {
 	q.mu.Lock()
 	b, written, err = q.pop()
+	q.warm = q.warm || b != nil
 	q.mu.Unlock()
 	switch v, ok := err.(*ViolationError); {
 	case err == errEmpty:
@@ -395,7 +431,7 @@ func (q *DriverQueue) pop() (*Buffer, int, error) {
 	index := m.load16(q.used + ringIndex)
 	if index == q.taken {
 		if q.eventIdx {
-			m.Store16(q.usedEvent(), q.taken)
+			m.Store16(q.usedEvent(), q.taken+q.delay(q.pending))
 		}
 		q.quiet = 0
 		m.Store32(q.avail, uint32(q.next)<<16) // a full barrier

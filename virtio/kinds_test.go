@@ -32,6 +32,7 @@ var kinds = []kind{
 	{"block", 0x8002, serveBlock, everything, one, -1, useDisk},
 	{"console", 0x8003, serveConsole(console.Single), 1 << 2, two, -1, useConsole},
 	{"ports", 0x8003, serveConsole(console.Multiport), 1<<0 | 1<<1 | 1<<2, portQueues, 3, usePorts},
+	{"network", 0x8001, serveNet, netFeatures, two, -1, useNet},
 }
 
 func one(int) int { return 1 }

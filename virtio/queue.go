@@ -24,6 +24,8 @@ type ring struct {
 	desc  uint64 // descriptors: address 8, length 4, flags 2, next 2
 	avail uint64 // flags 2, index 2, heads 2 each, used_event 2
 	used  uint64 // flags 2, index 2, {id 4, length 4} each, avail_event 2
+
+	delayed bool // see Delay
 }
 
 const (
@@ -39,6 +41,15 @@ const (
 	noNotify    = 1
 	noInterrupt = 1
 )
+
+// delay is how many buffers the other side need not tell of before it tells of
+// one, when it has n.
+func (r *ring) delay(n uint16) uint16 {
+	if !r.delayed || n < 2 {
+		return 0
+	}
+	return n/2 - 1
+}
 
 func (r *ring) mask() uint16         { return r.size - 1 }
 func (r *ring) availSize() uint64    { return 6 + 2*uint64(r.size) }
@@ -77,6 +88,8 @@ type Queue struct {
 	next     uint16 // index of the next available buffer
 	returned uint16 // index of the next used one
 	quiet    uint16 // flags of used
+	warm     bool   // something came when it was looked for last
+	most     uint16 // the most buffers that were here at a time
 	free     []*Chain
 	// wanted is the vector that the driver wants interrupts on.
 	wanted int
@@ -146,6 +159,15 @@ func (q *Queue) killed() bool {
 	return q.dead
 }
 
+// Delay has the driver ring when half of the buffers are here that it had at the
+// most, and not for each: for a queue of which Next is waited for as for room,
+// by one who may fill all at once. Without [EventIdx] it does nothing.
+func (q *Queue) Delay() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.delayed = true
+}
+
 // Size is the number of entries, as the driver set it; 0: it left the queue
 // out.
 func (q *Queue) Size() int {
@@ -163,6 +185,9 @@ func (q *Queue) Size() int {
 // wait with the session's own context, as Run got it, allocates nothing.
 func (q *Queue) Next(ctx context.Context) (*Chain, error) {
 	for {
+		if q.b.device.Spin > 0 {
+			q.look(ctx)
+		}
 		c, err := q.TryNext()
 		if c != nil || err != nil {
 			return c, err
@@ -171,6 +196,25 @@ func (q *Queue) Next(ctx context.Context) (*Chain, error) {
 			return nil, err
 		}
 	}
+}
+
+// look looks for a buffer, but not for long, and does not ask to be rung
+// meanwhile.
+func (q *Queue) look(ctx context.Context) {
+	q.mu.Lock()
+	next, at, warm := q.next, q.ring.avail+ringIndex, q.warm && q.on
+	q.mu.Unlock()
+	if !warm {
+		return
+	}
+	warm = spin(ctx, q.b.device.Spin, func() bool {
+		q.life.RLock()
+		defer q.life.RUnlock()
+		return q.dead || q.b.mem.load16(at) != next
+	})
+	q.mu.Lock()
+	q.warm = warm
+	q.mu.Unlock()
 }
 
 // patience is the context to wait with. The end of the session's own kills the
@@ -188,6 +232,7 @@ func (q *Queue) patience(ctx context.Context) context.Context {
 func (q *Queue) TryNext() (*Chain, error) {
 	q.mu.Lock()
 	c, err := q.pop()
+	q.warm = q.warm || c != nil
 	q.mu.Unlock()
 	if err == errEmpty {
 		return nil, nil
@@ -211,7 +256,7 @@ func (q *Queue) pop() (*Chain, error) {
 	index := m.load16(q.ring.avail + ringIndex)
 	if index == q.next {
 		if q.eventIdx {
-			m.Store16(q.availEvent(), q.next)
+			m.Store16(q.availEvent(), q.next+q.delay(q.most))
 		}
 		q.quiet = 0
 		m.Store32(q.ring.used, uint32(q.returned)<<16) // a full barrier
@@ -224,6 +269,7 @@ func (q *Queue) pop() (*Chain, error) {
 		return nil, &ViolationError{q.index, "index of available buffers", uint64(index),
 			fmt.Sprintf("%d to %d, no more than the queue has entries", q.next, q.returned+q.ring.size)}
 	}
+	q.most = max(q.most, index-q.returned)
 	if !q.eventIdx && q.quiet == 0 {
 		q.quiet = noNotify
 		m.Store32(q.ring.used, noNotify|uint32(q.returned)<<16)
@@ -258,6 +304,34 @@ func (q *Queue) chain() *Chain {
 func (q *Queue) Push(c *Chain, written int) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	if err := q.pushable(c, written); err != nil {
+		return err
+	}
+	q.put(c, written)
+	q.publish(q.returned - 1)
+	return nil
+}
+
+// PushAll is Push for several buffers, all different: the driver finds all of
+// them, or none.
+func (q *Queue) PushAll(chains []*Chain, written []int) error {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for i, c := range chains {
+		if err := q.pushable(c, written[i]); err != nil {
+			return err
+		}
+	}
+	before := q.returned
+	for i, c := range chains {
+		q.put(c, written[i])
+	}
+	q.publish(before)
+	return nil
+}
+
+// pushable checks what is to be returned. The caller holds mu.
+func (q *Queue) pushable(c *Chain, written int) error {
 	switch {
 	case c.q != q || !c.held:
 		return fmt.Errorf("virtqueue %d: expected a buffer that was taken from it and not returned", q.index)
@@ -266,29 +340,40 @@ func (q *Queue) Push(c *Chain, written int) error {
 	case q.dead:
 		return ErrReset
 	}
+	return nil
+}
+
+// put puts a buffer into the used ring, where the driver does not look yet. The
+// caller holds mu.
+func (q *Queue) put(c *Chain, written int) {
 	m := q.b.mem
 	at := q.ring.done(q.returned)
 	m.Store32(at, uint32(c.head))
 	m.Store32(at+4, uint32(written))
 	q.returned++
-	m.Store32(q.ring.used, uint32(q.quiet)|uint32(q.returned)<<16) // a full barrier
 	c.held = false
 	q.free = append(q.free, c)
-	if q.interrupt() {
+}
+
+// publish shows the driver the buffers that were put from an index on, and
+// interrupts it if it wants that. The caller holds mu.
+func (q *Queue) publish(from uint16) {
+	m := q.b.mem
+	m.Store32(q.ring.used, uint32(q.quiet)|uint32(q.returned)<<16) // a full barrier
+	if q.interrupt(from) {
 		m.Store8(regQueueEvent, 1)
 		q.b.dev.Ring(q.b.peer, q.wanted)
 	}
-	return nil
 }
 
-// interrupt reports whether the driver wants to hear of the last used buffer.
-// The caller holds mu.
-func (q *Queue) interrupt() bool {
+// interrupt reports whether the driver wants to hear of the buffers that were
+// used from an index on. The caller holds mu.
+func (q *Queue) interrupt(from uint16) bool {
 	if q.wanted >= q.b.dev.Vectors() {
 		return false // the driver has none
 	}
 	if q.eventIdx {
-		return passed(q.b.mem.load16(q.usedEvent()), q.returned-1, q.returned)
+		return passed(q.b.mem.load16(q.usedEvent()), from, q.returned)
 	}
 	return q.b.mem.load16(q.ring.avail)&noInterrupt == 0
 }

@@ -3,10 +3,13 @@ package virtio
 import (
 	"context"
 	"fmt"
+	"runtime"
+	"sync/atomic"
 	"time"
 
 	"github.com/ivshmem-go/ivshmem"
 	"github.com/ivshmem-go/ivshmem/regs"
+	"github.com/ivshmem-go/ivshmem/shmem"
 )
 
 // pollInterval is how often a device without interrupts is looked at.
@@ -110,4 +113,38 @@ func (e *end) stateNow() uint32 {
 		return stateReset
 	}
 	return v
+}
+
+// looksPerTime is how often spin looks between two readings of the clock.
+const looksPerTime = 32
+
+// Of its CPUs a process takes half to look, but one where it has more: for those
+// who began last, as whoever has just received something gets more the soonest.
+var (
+	lookers     atomic.Uint64 // that have begun
+	maxSpinners = uint64(max(1, runtime.NumCPU()/2))
+)
+
+// spin looks for a condition for a while, and reports whether to look the next
+// time.
+func spin(ctx context.Context, limit time.Duration, found func() bool) bool {
+	own := lookers.Add(1)
+	var end time.Time
+	for {
+		// Whom it has just woken runs here, where there is nothing else to wake.
+		runtime.Gosched()
+		for range looksPerTime {
+			if found() {
+				return true
+			}
+			shmem.Pause()
+		}
+		now := time.Now()
+		switch {
+		case end.IsZero():
+			end = now.Add(limit)
+		case now.After(end) || ctx.Err() != nil || lookers.Load()-own >= maxSpinners:
+			return false
+		}
+	}
 }

@@ -107,7 +107,7 @@ func (p *program) app() *cli.App {
 		Action:         unknownCommand,
 		Commands: []*cli.Command{
 			p.listCommand(), p.infoCommand(), p.doctorCommand(), p.stateCommand(), p.ringCommand(), p.waitCommand(),
-			p.readCommand(), p.writeCommand(), p.sendCommand(), p.recvCommand(), p.cpCommand(), p.proxyCommand(), p.netCommand(), p.serveCommand(), p.ivshmem2ServerCommand(),
+			p.readCommand(), p.writeCommand(), p.sendCommand(), p.recvCommand(), p.cpCommand(), p.proxyCommand(), p.netCommand(), p.blockCommand(), p.consoleCommand(), p.portsCommand(), p.entropyCommand(), p.serveCommand(), p.ivshmem2ServerCommand(),
 			p.bindCommand(), p.unbindCommand(), p.udevCommand(),
 		},
 	}

@@ -14,7 +14,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"ivshctl": main, "ivshmem2-client": ivshmem2Client, "unix-echo": unixEcho, "unix-talk": unixTalk})
+	testscript.Main(m, map[string]func(){"ivshctl": main, "ivshmem2-client": ivshmem2Client, "nbd": nbdClient, "read-entropy": readEntropy, "unix-echo": unixEcho, "unix-talk": unixTalk})
 }
 
 // ivshmem2Client connects to an ivshmem2-server socket and prints what it is

@@ -14,13 +14,15 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/ivshmem-go/ivshmem"
+	"github.com/ivshmem-go/ivshmem/regs"
+	virtionet "github.com/ivshmem-go/ivshmem/virtio/net"
 	"github.com/ivshmem-go/ivshmem/vnet"
 	"github.com/ivshmem-go/ivshmem/vnet/tap"
 )
 
 func (p *program) netCommand() *cli.Command {
 	return &cli.Command{
-		Name: "net", Usage: "virtual Ethernet with the other peer, as ivshmem-net has it",
+		Name: "net", Usage: "virtual Ethernet with the other peer, as ivshmem-net and virtio have it",
 		Action: unknownCommand, OnUsageError: onUsageError,
 		Subcommands: []*cli.Command{p.netUpCommand(), p.netStatusCommand(), p.netDownCommand(), p.netCaptureCommand(), p.netForwardCommand(), p.netPingCommand()},
 	}
@@ -35,12 +37,19 @@ without privileges an interface that root made for the user
 peer runs; taken down, and changed in its MTU, the link follows. The MTU has to
 be that of the peer, which nothing checks.
 
+On a link of protocol type 8001h, this is peer 0 and the other one has a virtio
+network card, which Linux's driver virtio_ivshmem there shows as ethX. It is
+told the interface's MTU.
+
 Example: ivshctl serve --protocol 1 --peers 2 --vectors 2 --rw 0 --output 1M
-         ivshctl net up --address 10.0.0.1/24`,
+         ivshctl net up --address 10.0.0.1/24
+Example: ivshctl serve --protocol 0x8001 --peers 2 --vectors 3 --rw 4M --output 0
+         ivshctl net up --address 10.0.0.1/24 --peer-mac 02:00:00:00:00:02`,
 		Flags: []cli.Flag{deviceFlag,
 			&cli.StringFlag{Name: "name", Usage: "`NAME` of the interface; %d is the first free number", Value: "ivsh%d"},
 			&cli.StringSliceFlag{Name: "address", Usage: "`IP/BITS`, any number of times"},
-			macFlag, mtuFlag, pcapFlag},
+			macFlag, mtuFlag, pcapFlag,
+			&cli.StringFlag{Name: "peer-mac", Usage: "Ethernet `ADDRESS` of the other end's network card, for virtio (default: it makes one up)"}},
 		Action: p.netUp,
 	})
 }
@@ -50,14 +59,14 @@ var (
 	mtuFlag = &cli.IntFlag{Name: "mtu", Usage: "largest packet in `BYTES` (default: that of an interface that is there; else Linux's for the link)"}
 )
 
-func macAddress(c *cli.Context) (net.HardwareAddr, error) {
-	s := c.String("mac")
+func macAddress(c *cli.Context, flag string) (net.HardwareAddr, error) {
+	s := c.String(flag)
 	if s == "" {
 		return nil, nil
 	}
 	mac, err := net.ParseMAC(s)
 	if err != nil || len(mac) != 6 || mac[0]&1 != 0 {
-		return nil, usagef("--mac %q: expected a unicast address such as 02:00:00:00:00:01", s)
+		return nil, usagef("--%s %q: expected a unicast address such as 02:00:00:00:00:01", flag, s)
 	}
 	return mac, nil
 }
@@ -73,9 +82,10 @@ func addresses(c *cli.Context) (all []netip.Prefix, err error) {
 	return all, nil
 }
 
-func (p *program) netUp(c *cli.Context) (err error) {
+func (p *program) netUp(c *cli.Context) error {
 	config := tap.Config{Name: c.String("name"), MTU: c.Int("mtu")}
-	if config.MAC, err = macAddress(c); err != nil {
+	var err error
+	if config.MAC, err = macAddress(c, "mac"); err != nil {
 		return err
 	}
 	if config.Addresses, err = addresses(c); err != nil {
@@ -84,26 +94,45 @@ func (p *program) netUp(c *cli.Context) (err error) {
 	if config.MTU < 0 || config.MTU > tap.MaxMTU {
 		return usagef("--mtu %d: expected at most %d", config.MTU, tap.MaxMTU)
 	}
-	return p.withLink(c, func(ctx context.Context, frames *captures) error {
+	d, err := ivshmem.Open(c.String("device"))
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	if d.Protocol()&^regs.VirtioBackEnd == regs.ProtocolVirtio|virtionet.ID {
+		return interrupted(p.netUpVirtio(c, d, config))
+	}
+	if c.IsSet("peer-mac") {
+		return usagef("--peer-mac: expected a link of protocol type 8001h, found %04Xh", uint16(d.Protocol()))
+	}
+	return p.onLink(c, d, func(ctx context.Context, frames *captures) error {
 		link := frames.link
 		t, err := tap.Open(config)
 		if err != nil {
 			return err
 		}
 		defer t.Close()
-		ctx, cancel := context.WithCancel(ctx)
-		defer cancel()
-		control := &control{
-			name: t.Name(), down: cancel, captures: frames,
-			status: func() any { return netStatusOf(link, t) },
+		status := func() any {
+			s := netStatusOf(d, t)
+			stats := link.Stats()
+			s.MTU, s.Link = link.MTU(), &stats
+			return s
 		}
-		if err := control.listen(); err != nil {
-			return err
-		}
-		defer control.close()
-		fmt.Fprintf(p.out, "ready %s\n", t.Name())
-		return t.Run(ctx, link)
+		return p.netRun(ctx, t, frames, status, func(ctx context.Context) error { return t.Run(ctx, link) })
 	})
+}
+
+// netRun runs an interface until the context ends, or somebody says so.
+func (p *program) netRun(ctx context.Context, t *tap.Interface, frames *captures, status func() any, run func(context.Context) error) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	control := &control{name: t.Name(), down: cancel, captures: frames, status: status}
+	if err := control.listen(); err != nil {
+		return err
+	}
+	defer control.close()
+	fmt.Fprintf(p.out, "ready %s\n", t.Name())
+	return run(ctx)
 }
 
 // netStatus is what `net status` knows of an interface.
@@ -116,20 +145,19 @@ type netStatus struct {
 	Device    string         `json:"device"`
 	Driver    string         `json:"driver"`
 	ID        uint32         `json:"id"`
-	Link      vnet.Stats     `json:"link"`
 	Frames    tap.Stats      `json:"interface_frames"`
+	Link      *vnet.Stats    `json:"link,omitempty"`
+	Card      *netCard       `json:"card,omitempty"`
 	Error     string         `json:"error,omitempty"`
 }
 
-func netStatusOf(link *vnet.Link, t *tap.Interface) *netStatus {
-	d := link.Device()
+func netStatusOf(d *ivshmem.Device, t *tap.Interface) *netStatus {
 	s := &netStatus{
-		Interface: t.Name(), MTU: link.MTU(), Process: os.Getpid(),
-		Device: d.Address(), Driver: d.Driver(), ID: d.ID(), Link: link.Stats(), Frames: t.Stats(),
+		Interface: t.Name(), Process: os.Getpid(), Device: d.Address(), Driver: d.Driver(), ID: d.ID(), Frames: t.Stats(),
 	}
 	a, err := t.Attributes()
 	if err == nil {
-		s.Interface, s.MAC = a.Name, a.HardwareAddr.String()
+		s.Interface, s.MAC, s.MTU = a.Name, a.HardwareAddr.String(), a.MTU
 		s.Addresses, err = t.Addresses()
 	}
 	if err != nil {
@@ -180,7 +208,7 @@ func (s *netStatus) print(out io.Writer) {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	row := func(name, format string, args ...any) { fmt.Fprintf(w, "%s\t%s\n", name, fmt.Sprintf(format, args...)) }
 	carrier := "no carrier"
-	if s.Link.Carrier {
+	if s.Link != nil && s.Link.Carrier || s.Card != nil && s.Card.Driver {
 		carrier = "carrier"
 	}
 	row(s.Interface, "%s, %s, MTU %d, process %d", carrier, s.MAC, s.MTU, s.Process)
@@ -192,6 +220,18 @@ func (s *netStatus) print(out io.Writer) {
 		row("  addresses", "%s", strings.Join(list, " "))
 	}
 	row("  device", "%s (%s), peer %d", s.Device, s.Driver, s.ID)
+	if s.Link != nil {
+		s.printLink(row)
+	} else if s.Card != nil {
+		s.Card.print(row, s.Frames)
+	}
+	if s.Error != "" {
+		row("  error", "%s", s.Error)
+	}
+	w.Flush()
+}
+
+func (s *netStatus) printLink(row func(name, format string, args ...any)) {
 	row("  states", "%v, the peer %v", s.Link.State, s.Link.PeerState)
 	sent, received := s.Link.Sent, s.Link.Received
 	row("  sent", "%d frames, %d bytes, %d doorbells", sent.Frames, sent.Bytes, sent.Doorbells)
@@ -209,10 +249,6 @@ func (s *netStatus) print(out io.Writer) {
 	if s.Link.LastViolation != "" {
 		row("  last violation", "%s", s.Link.LastViolation)
 	}
-	if s.Error != "" {
-		row("  error", "%s", s.Error)
-	}
-	w.Flush()
 }
 
 func (p *program) netDownCommand() *cli.Command {

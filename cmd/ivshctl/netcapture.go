@@ -63,12 +63,17 @@ func (c *captures) observe() {
 }
 
 // withLink runs f on the link of the device that is given.
-func (p *program) withLink(c *cli.Context, f func(context.Context, *captures) error) (err error) {
+func (p *program) withLink(c *cli.Context, f func(context.Context, *captures) error) error {
 	d, err := ivshmem.Open(c.String("device"))
 	if err != nil {
 		return err
 	}
 	defer d.Close()
+	return p.onLink(c, d, f)
+}
+
+// onLink is withLink for a device that is open.
+func (p *program) onLink(c *cli.Context, d *ivshmem.Device, f func(context.Context, *captures) error) (err error) {
 	link, err := vnet.Open(d, vnet.Config{MTU: c.Int("mtu")})
 	if err != nil {
 		return err

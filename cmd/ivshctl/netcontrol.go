@@ -34,7 +34,7 @@ type control struct {
 	name     string
 	status   func() any
 	down     func()
-	captures *captures
+	captures *captures // nil: there are none
 
 	listener net.Listener
 }
@@ -82,6 +82,10 @@ func (c *control) answer(conn *net.UnixConn) {
 		c.down()
 		io.Copy(io.Discard, conn) // until the process ends
 	case "capture":
+		if c.captures == nil {
+			io.WriteString(conn, notHere)
+			return
+		}
 		one, err := c.captures.begin(conn, c.name)
 		if err != nil {
 			return
@@ -92,8 +96,12 @@ func (c *control) answer(conn *net.UnixConn) {
 	}
 }
 
-// refused is the answer to who must not ask.
-const refused = "refused\n"
+// Answers to who must not ask, and to who asks for frames that are to be had
+// elsewhere.
+const (
+	refused = "refused\n"
+	notHere = "not here\n"
+)
 
 // dialControl asks the `net up` of an interface.
 func dialControl(name, word string) (*net.UnixConn, error) {
@@ -147,6 +155,9 @@ func (p *program) readCapture(ctx context.Context, name string) error {
 	r := bufio.NewReaderSize(conn, 256<<10)
 	if b, err := r.Peek(len(refused)); err == nil && string(b) == refused {
 		return refusedError(name)
+	}
+	if b, err := r.Peek(len(notHere)); err == nil && string(b) == notHere {
+		return fmt.Errorf("interface %s: it is the other end of a virtio device: capture on the interface, with tcpdump -i %s", name, name)
 	}
 	_, err = io.Copy(p.out, r)
 	switch {

@@ -37,7 +37,7 @@ func (p *program) withStack(c *cli.Context, f func(context.Context, *vnet.Link, 
 			return usagef("--gateway %q: expected an IP address", s)
 		}
 	}
-	if config.MAC, err = macAddress(c); err != nil {
+	if config.MAC, err = macAddress(c, "mac"); err != nil {
 		return err
 	}
 	return p.withLink(c, func(ctx context.Context, frames *captures) error {

@@ -69,16 +69,21 @@ var rules = map[string]rule{
 		why: "a protocol knows a device, and not what carries it"},
 	"virtio/block":   {own: []string{"", "virtio"}, others: []string{unix}, why: "a device type knows the transport only"},
 	"virtio/console": {own: []string{"", "virtio"}, why: "a device type knows the transport only"},
+	"virtio/net":     {own: []string{"", "virtio"}, why: "a device type knows the transport only"},
 	"virtio/entropy": {own: []string{"", "virtio"}, why: "a device type knows the transport only"},
 	"ivshmemtest":    {own: []string{"", "link", "link/pcidev"}, others: []string{unix}, why: "for tests: the service and its peers in one process"},
 
+	"internal/cuse":      {own: []string{"virtio/console"}, others: []string{unix}, why: "between a port and the kernel's character devices"},
 	"internal/boardtest": {own: []string{"", "regs", "shmem"}, others: []string{unix}, why: "for tests: a link of nothing but memory"},
 	"internal/filecopy":  {why: "a protocol over any connection"},
-	"internal/relay":     {why: "joins any two connections"},
-	"internal/compare":   {others: []string{unix}, why: "what a link is compared with is nothing of ours"},
+	"internal/ports": {own: []string{"internal/cuse", "internal/sockpath", "virtio/console"}, others: []string{unix, "github.com/creack/pty", "golang.org/x/term"},
+		why: "between ports and files that programs open"},
+	"internal/relay":   {why: "joins any two connections"},
+	"internal/nbd":     {others: []string{unix}, why: "a protocol for any disk"},
+	"internal/compare": {others: []string{unix}, why: "what a link is compared with is nothing of ours"},
 	"internal/pingpong": {own: []string{"", "shmem", "stream"}, others: []string{unix, "github.com/HdrHistogram/hdrhistogram-go"},
 		why: "a protocol never knows what carries it"},
-	"cmd/ivshctl": {own: []string{"", "regs", "shmem", "link", "link/pcidev", "link/ivshsock", "internal/sockpath", "stream", "vnet", "vnet/netstack", "vnet/tap", "internal/capture", "internal/fdpass", "internal/filecopy", "internal/relay", "internal/sysfs"}, others: []string{unix, "github.com/urfave/cli/v2"},
+	"cmd/ivshctl": {own: []string{"", "regs", "shmem", "link", "link/pcidev", "link/ivshsock", "internal/sockpath", "stream", "vnet", "virtio", "virtio/block", "virtio/console", "virtio/entropy", "virtio/net", "vnet/netstack", "vnet/tap", "internal/capture", "internal/fdpass", "internal/filecopy", "internal/nbd", "internal/ports", "internal/relay", "internal/sysfs"}, others: []string{unix, "github.com/urfave/cli/v2", "golang.org/x/term"},
 		why: "commands parse, call and print"},
 	"examples/http":   {own: []string{"", "stream"}, why: "what a user would write"},
 	"examples/rpc":    {own: []string{"", "stream"}, why: "what a user would write"},
@@ -140,7 +145,8 @@ func TestImports(t *testing.T) {
 // to be seen in a review.
 var linked = []string{
 	"github.com/cpuguy83/go-md2man/v2", // of urfave/cli
-	"github.com/google/btree",          // of gvisor
+	"github.com/creack/pty",
+	"github.com/google/btree", // of gvisor
 	"github.com/gopacket/gopacket",
 	"github.com/ivshmem-go/ivshmem",
 	"github.com/russross/blackfriday/v2", // of urfave/cli
@@ -152,6 +158,7 @@ var linked = []string{
 	"golang.org/x/exp",          // of gopacket
 	"golang.org/x/net",          // of gopacket
 	"golang.org/x/sys",
+	"golang.org/x/term",
 	"golang.org/x/time", // of gvisor
 	"gvisor.dev/gvisor",
 }

@@ -86,13 +86,20 @@ func TestDisk(t *testing.T) {
 			n = random.IntN(300 - at)
 			p := bytes.Repeat([]byte{byte(100 + i)}, n*512)
 			switch i % 4 {
-			case 0, 1:
+			case 0:
 				if _, err := d.WriteAt(p, int64(at)*512); err != nil {
 					t.Fatal(err)
 				}
 				copy(model[at*512:], p)
+			case 1: // parts of sectors
+				to := random.IntN(size - len(p) + 1)
+				p = p[:random.IntN(len(p)+1)]
+				if n, err := d.WriteAt(p, int64(to)); err != nil || n != len(p) {
+					t.Fatal(n, err)
+				}
+				copy(model[to:], p)
 			case 2:
-				if err := d.Zero(int64(at)*512, int64(n)*512); err != nil {
+				if err := d.Zero(int64(at)*512, int64(n)*512, i%8 == 2); err != nil {
 					t.Fatal(err)
 				}
 				clear(model[at*512 : (at+n)*512])
@@ -128,16 +135,16 @@ func TestDiskRefuses(t *testing.T) {
 	path := newImage(t, 8*512)
 	d := newDisk(t, path, 1<<16, block.Config{})
 	p := make([]byte, 512)
-	for _, at := range []int64{-512, 1, 8 * 512, 1 << 62} {
+	for _, at := range []int64{-512, -1, 8*512 - 511, 8 * 512, 1 << 62} {
 		if _, err := d.WriteAt(p, at); err == nil {
 			t.Errorf("written at %d", at)
 		}
-		if err := d.Zero(at, 512); err == nil {
+		if err := d.Zero(at, 512, false); err == nil {
 			t.Errorf("zeroed at %d", at)
 		}
 	}
-	if _, err := d.WriteAt(p[:100], 0); err == nil {
-		t.Error("a part of a sector was written")
+	if d.Zero(1, 512, false) == nil || d.Discard(0, 100) == nil {
+		t.Error("a part of a sector was zeroed, or discarded")
 	}
 	if n, err := d.ReadAt(p, 8*512-10); n != 10 || err != io.EOF {
 		t.Errorf("%d bytes, %v at the end", n, err)
@@ -149,7 +156,7 @@ func TestDiskRefuses(t *testing.T) {
 	if !ro.ReadOnly() {
 		t.Error("not read-only")
 	}
-	for _, err := range []error{ro.Zero(0, 512), ro.Discard(0, 512), func() error { _, err := ro.WriteAt(p, 0); return err }()} {
+	for _, err := range []error{ro.Zero(0, 512, true), ro.Discard(0, 512), func() error { _, err := ro.WriteAt(p, 0); return err }()} {
 		if !errors.Is(err, block.ErrReadOnly) {
 			t.Error(err)
 		}
@@ -181,6 +188,33 @@ func TestDiskParallel(t *testing.T) {
 	d.Close()
 	if err := d.Flush(); !errors.Is(err, os.ErrClosed) {
 		t.Errorf("after Close: %v", err)
+	}
+}
+
+// Writes of parts of a sector by many are all there.
+func TestDiskEdges(t *testing.T) {
+	t.Parallel()
+	d := newDisk(t, newImage(t, 4*512), 1<<16, block.Config{})
+	var group sync.WaitGroup
+	const writers, each = 16, 100
+	for i := range writers {
+		group.Go(func() {
+			for k := range 10 {
+				if _, err := d.WriteAt(bytes.Repeat([]byte{byte(i + k)}, each), int64(i)*each); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	group.Wait()
+	got := make([]byte, writers*each)
+	if _, err := d.ReadAt(got, 0); err != nil {
+		t.Fatal(err)
+	}
+	for i := range got {
+		if got[i] != byte(i/each+9) {
+			t.Fatalf("byte %d is %d", i, got[i])
+		}
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"sync"
 
 	"github.com/ivshmem-go/ivshmem"
 	"github.com/ivshmem-go/ivshmem/virtio"
@@ -31,6 +32,10 @@ type Disk struct {
 	q    *virtio.DriverQueue
 	size int64
 	most int // bytes of data of a request
+
+	// edges is held for reading by writes of whole sectors, and by others, which
+	// read what is around them before.
+	edges sync.RWMutex
 
 	idle chan *slot    // those that no request uses
 	reap chan struct{} // full while somebody takes what is used
@@ -158,12 +163,38 @@ func (d *Disk) ReadAt(p []byte, offset int64) (int, error) {
 	return done, nil
 }
 
-// WriteAt writes whole sectors: offset and length are multiples of
-// [SectorSize]. What was written is on stable storage after Flush.
+// WriteAt writes at any offset. Sectors that it does not write as a whole it
+// reads first, while nobody else writes. What was written is on stable storage
+// after Flush.
 func (d *Disk) WriteAt(p []byte, offset int64) (int, error) {
 	if err := d.writable(offset, int64(len(p))); err != nil {
 		return 0, err
 	}
+	before, after := int(offset%SectorSize), int(-(offset+int64(len(p)))&(SectorSize-1))
+	if before == 0 && after == 0 {
+		d.edges.RLock()
+		defer d.edges.RUnlock()
+		return d.write(p, offset)
+	}
+	d.edges.Lock()
+	defer d.edges.Unlock()
+	whole := make([]byte, before+len(p)+after)
+	start, last := offset-int64(before), len(whole)-SectorSize
+	if _, err := d.ReadAt(whole[:SectorSize], start); err != nil {
+		return 0, err
+	}
+	if last > 0 {
+		if _, err := d.ReadAt(whole[last:], start+int64(last)); err != nil {
+			return 0, err
+		}
+	}
+	copy(whole[before:], p)
+	n, err := d.write(whole, start)
+	return min(max(n-before, 0), len(p)), err
+}
+
+// write writes whole sectors.
+func (d *Disk) write(p []byte, offset int64) (int, error) {
 	for done := 0; done < len(p); {
 		n := min(len(p)-done, d.most)
 		if err := d.do(requestOut, (offset+int64(done))/SectorSize, p[done:done+n], 0, nil); err != nil {
@@ -179,8 +210,6 @@ func (d *Disk) writable(offset, n int64) error {
 	switch {
 	case d.ReadOnly():
 		return ErrReadOnly
-	case offset%SectorSize != 0 || n%SectorSize != 0:
-		return fmt.Errorf("virtio disk: expected whole sectors of %d bytes, found %d bytes at %d", SectorSize, n, offset)
 	case offset < 0 || n < 0 || offset > d.size || n > d.size-offset:
 		return fmt.Errorf("virtio disk of %d bytes: expected an access inside, found %d bytes at %d", d.size, n, offset)
 	}
@@ -195,10 +224,20 @@ func (d *Disk) Flush() error {
 	return d.do(requestFlush, 0, nil, 0, nil)
 }
 
-// Zero makes a range of whole sectors zeros. It fails with [ErrUnsupported]
-// where the device cannot.
-func (d *Disk) Zero(offset, n int64) error {
-	return d.ranges(requestWriteZeroes, featureWriteZeroes, zeroesMost, rangeUnmap, offset, n)
+// CanZero reports whether the device can do Zero.
+func (d *Disk) CanZero() bool { return d.d.Features().Has(featureWriteZeroes) }
+
+// CanDiscard reports whether the device can do Discard.
+func (d *Disk) CanDiscard() bool { return d.d.Features().Has(featureDiscard) }
+
+// Zero makes a range of whole sectors zeros, whose space may be given up if
+// unmap says so. It fails with [ErrUnsupported] where the device cannot.
+func (d *Disk) Zero(offset, n int64, unmap bool) error {
+	flags := uint32(0)
+	if unmap {
+		flags = rangeUnmap
+	}
+	return d.ranges(requestWriteZeroes, featureWriteZeroes, zeroesMost, flags, offset, n)
 }
 
 // Discard says that nobody wants a range of whole sectors any more. It fails
@@ -211,9 +250,14 @@ func (d *Disk) ranges(request uint32, feature virtio.Features, most int64, flags
 	if err := d.writable(offset, n); err != nil {
 		return err
 	}
-	if !d.d.Features().Has(feature) {
+	switch {
+	case offset%SectorSize != 0 || n%SectorSize != 0:
+		return fmt.Errorf("virtio disk: expected whole sectors of %d bytes, found %d bytes at %d", SectorSize, n, offset)
+	case !d.d.Features().Has(feature):
 		return ErrUnsupported
 	}
+	d.edges.RLock()
+	defer d.edges.RUnlock()
 	for n > 0 {
 		sectors := min(n/SectorSize, most)
 		var r [rangeSize]byte

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/ivshmem-go/ivshmem"
 	"github.com/ivshmem-go/ivshmem/virtio"
@@ -40,6 +41,9 @@ type Config struct {
 	// ColsFirst is the order of RESIZE that the specification has. All but two
 	// releases of Linux have rows first.
 	ColsFirst bool
+	// Spin is for how long each port looks for more after it has received
+	// something, or has run out of room, before it sleeps: less latency, for a CPU.
+	Spin time.Duration
 }
 
 func (c *Config) check(ports int) error {
@@ -95,7 +99,7 @@ func NewDevice(dev *ivshmem.Device, c Config) (*Device, error) {
 		return nil, err
 	}
 	d := &Device{config: c, table: table{ports: map[uint32]*Port{}}}
-	v := virtio.Device{ID: ID, Run: d.run, Features: featureSize, Config: make([]byte, configSize), ConfigWritten: d.written}
+	v := virtio.Device{ID: ID, Run: d.run, Spin: c.Spin, Features: featureSize, Config: make([]byte, configSize), ConfigWritten: d.written}
 	queues := 2
 	switch c.Wire {
 	case Multiport:
@@ -208,7 +212,7 @@ func (p *Port) emergency(b byte) bool {
 		return false
 	}
 	if p.unread.Len() < p.limit {
-		p.unread.WriteByte(b)
+		p.unread.Write([]byte{b})
 		p.change()
 	} else {
 		p.dropped++
@@ -222,6 +226,7 @@ func (d *Device) run(ctx context.Context, s *virtio.Session) error {
 	defer d.tellBy(nil)
 	switch {
 	case !s.Features().Has(featureMultiport):
+		s.Queue(0).Delay()
 		return single(g, &d.table, &deviceSender{q: s.Queue(0), least: 1}, deviceReceiver{s.Queue(1)})
 	case d.config.Wire == Original:
 		return newOriginal(g, &d.table, true, d.config.MaxPorts).run(g, &deviceSender{q: s.Queue(0), least: originalHeader + originalEvent}, deviceReceiver{s.Queue(1)})
@@ -233,6 +238,7 @@ func (d *Device) run(ctx context.Context, s *virtio.Session) error {
 		l := newLane(g.ctx, m.teller)
 		m.slots[id].lane = l
 		rx, tx := portQueues(id)
+		s.Queue(rx).Delay()
 		g.run(func(ctx context.Context) error { return l.send(ctx, &deviceSender{q: s.Queue(rx), least: 1}) })
 		g.run(func(ctx context.Context) error { return l.receive(ctx, deviceReceiver{s.Queue(tx)}) })
 	}

@@ -38,7 +38,7 @@ func Open(ctx context.Context, dev *ivshmem.Device, c Config) (*Driver, error) {
 	case Original:
 		features &^= featureEmergency
 	}
-	v, err := virtio.Open(ctx, dev, virtio.DriverConfig{ID: ID, Features: features})
+	v, err := virtio.Open(ctx, dev, virtio.DriverConfig{ID: ID, Features: features, Spin: c.Spin})
 	if err != nil {
 		return nil, err
 	}
@@ -128,13 +128,24 @@ func (d *Driver) pair(ctx context.Context, rx, tx int) (r, t *virtio.DriverQueue
 	return r, t, err
 }
 
+// dataSize is the size of buffers for data: those of all ports take no more than
+// half of the section.
+func (d *Driver) dataSize(ports int) int {
+	share := d.d.Device().Sections().ReadWrite.Size() / 2 / uint64(2*d.config.Entries*ports)
+	size := bufferSize
+	for size < mostSize && uint64(2*size) <= share {
+		size *= 2
+	}
+	return size
+}
+
 // ends makes both ends of a pair of queues.
-func (d *Driver) ends(r, t *virtio.DriverQueue, size int) (*driverSender, *driverReceiver, error) {
-	s, err := newDriverSender(d.d, t, size)
+func (d *Driver) ends(r, t *virtio.DriverQueue, in, out int) (*driverSender, *driverReceiver, error) {
+	s, err := newDriverSender(d.d, t, out)
 	if err != nil {
 		return nil, nil, err
 	}
-	f, err := newDriverReceiver(d.d, r)
+	f, err := newDriverReceiver(d.d, r, in)
 	if err != nil {
 		for _, b := range s.free {
 			b.Free()
@@ -145,7 +156,7 @@ func (d *Driver) ends(r, t *virtio.DriverQueue, size int) (*driverSender, *drive
 }
 
 // one is a wire with one pair of queues.
-func (d *Driver) one(ctx context.Context) (*driverSender, *driverReceiver, error) {
+func (d *Driver) one(ctx context.Context, size int) (*driverSender, *driverReceiver, error) {
 	r, t, err := d.pair(ctx, 0, 1)
 	if err != nil {
 		return nil, nil, err
@@ -153,7 +164,7 @@ func (d *Driver) one(ctx context.Context) (*driverSender, *driverReceiver, error
 	if err := d.d.Start(ctx); err != nil {
 		return nil, nil, err
 	}
-	return d.ends(r, t, bufferSize)
+	return d.ends(r, t, size, size)
 }
 
 func (d *Driver) single(ctx context.Context) (func() error, error) {
@@ -165,7 +176,7 @@ func (d *Driver) single(ctx context.Context) (func() error, error) {
 	p.describe("", true)
 	p.setSize(size)
 	d.ports[0] = p
-	s, r, err := d.one(ctx)
+	s, r, err := d.one(ctx, d.dataSize(1))
 	if err != nil {
 		return nil, err
 	}
@@ -188,7 +199,7 @@ func (d *Driver) original(ctx context.Context) (func() error, error) {
 	if err := d.follow(ctx); err != nil {
 		return nil, err
 	}
-	s, r, err := d.one(ctx)
+	s, r, err := d.one(ctx, bufferSize)
 	if err != nil {
 		return nil, err
 	}
@@ -255,7 +266,8 @@ func (d *Driver) multiport(ctx context.Context) (func() error, error) {
 	if err := d.d.Start(ctx); err != nil {
 		return nil, err
 	}
-	s, f, err := d.ends(r, t, controlSize)
+	size := d.dataSize(n)
+	s, f, err := d.ends(r, t, bufferSize, controlSize)
 	if err != nil {
 		return nil, fmt.Errorf("control queues: %w", err)
 	}
@@ -263,7 +275,7 @@ func (d *Driver) multiport(ctx context.Context) (func() error, error) {
 	m := &multiport{table: &d.table, config: d.config, sizes: d.d.Features().Has(featureSize),
 		most: most, teller: newWaker(g.ctx), slots: make([]slot, n)}
 	m.join = func(id uint32) (*lane, error) {
-		s, r, err := d.ends(pairs[id].r, pairs[id].t, bufferSize)
+		s, r, err := d.ends(pairs[id].r, pairs[id].t, size, size)
 		if err != nil {
 			return nil, err
 		}

@@ -11,6 +11,9 @@ var (
 	// ErrThrottled says that the other side asked for no more data, or takes
 	// none: ENOSPC.
 	ErrThrottled = fmt.Errorf("the other side has throttled the port: %w", syscall.ENOSPC)
+	// ErrStalled is ErrThrottled without a message that says so: there is no room,
+	// and the other side does not take what it was sent. Write waits then.
+	ErrStalled = fmt.Errorf("the other side takes nothing: %w", ErrThrottled)
 	// ErrWouldBlock says that TryRead or TryWrite would have to wait: EAGAIN.
 	ErrWouldBlock = fmt.Errorf("the port is not ready: %w", syscall.EAGAIN)
 	// ErrRemoved says that the port is not there any more: ENODEV.

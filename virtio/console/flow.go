@@ -1,7 +1,6 @@
 package console
 
 import (
-	"bytes"
 	"context"
 	"sync"
 )
@@ -36,7 +35,7 @@ func (p *Port) remove(err error) {
 		return
 	}
 	p.removed = err
-	p.unread, p.out = bytes.Buffer{}, bytes.Buffer{}
+	p.unread, p.out = fifo{}, fifo{}
 	p.hooks.tell.wake()
 	p.hooks.room.wake()
 	p.change()
@@ -117,10 +116,17 @@ func (p *Port) discards() bool { return p.removed != nil || !p.isOpen() && !p.ca
 // full reports whether the limit of unread data is reached. The caller holds mu.
 func (p *Port) full() bool { return !p.discards() && p.unread.Len() >= p.limit }
 
-// receive takes data from the other side, for which there is room.
+// receive takes data from the other side, for which there is room. It may come
+// before the message that says that the port is open: they are in different
+// queues. Without that there would be an end of file behind the first bytes.
 func (p *Port) receive(b []byte) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if !p.peerOpen && p.removed == nil {
+		p.peerOpen = true
+		p.hooks.send.wake()
+		p.change()
+	}
 	if p.discards() {
 		p.dropped += uint64(len(b))
 		return
@@ -151,10 +157,7 @@ func (p *Port) pull(b []byte) int {
 	if !p.canPull() {
 		return 0
 	}
-	n, _ := p.out.Read(b)
-	if p.out.Len() == 0 {
-		p.out = bytes.Buffer{}
-	}
+	n := p.out.Read(b)
 	p.sending, p.starved = true, false
 	p.change()
 	return n

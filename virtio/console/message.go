@@ -81,9 +81,11 @@ const (
 	originalEvent  = 4  // event 2, value 2
 	flagControl    = 1  // of the original header
 
-	// bufferSize is that of Linux's buffers, and of ours.
+	// bufferSize is that of Linux's buffers, and the least of ours.
 	bufferSize = 4096
-	maxName    = bufferSize - controlHeader
+	// mostSize is that of ours where there is room.
+	mostSize = 32 << 10
+	maxName  = bufferSize - controlHeader
 )
 
 // message is a control message, on either wire.

@@ -1,7 +1,6 @@
 package console
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"io"
@@ -47,11 +46,11 @@ type Port struct {
 	hangups  uint64 // how often it closed
 	eager    bool   // what is written goes out while the other side is closed
 
-	unread    bytes.Buffer
+	unread    fifo
 	limit     int
 	cache     bool
 	dropped   uint64 // bytes
-	out       bytes.Buffer
+	out       fifo
 	sending   bool // between out and the queue
 	throttled bool // the other side said so
 	starved   bool // the other side leaves no room in the queue
@@ -183,7 +182,14 @@ func (p *Port) Close() error {
 // forget drops unread data. The caller holds mu.
 func (p *Port) forget() {
 	p.dropped += uint64(p.unread.Len())
-	p.unread = bytes.Buffer{}
+	p.unread = fifo{}
+}
+
+// InUse reports whether somebody has the own end open by [Port.Open].
+func (p *Port) InUse() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.claimed
 }
 
 // PeerOpen reports whether the other side has the port open.
@@ -252,9 +258,9 @@ func (p *Port) read(b []byte, hangups uint64) (int, error) {
 		return 0, ErrWouldBlock
 	}
 	full := p.unread.Len() >= p.limit
-	n, _ := p.unread.Read(b)
+	n := p.unread.Read(b)
 	if p.unread.Len() == 0 {
-		p.unread = bytes.Buffer{} // and its memory
+		p.unread.Reset()
 	}
 	if full {
 		p.eased()
@@ -293,7 +299,7 @@ func (p *Port) writeAll(ctx context.Context, b []byte, patient bool) (n int, err
 		case err == nil && n == len(b):
 			return n, nil
 		case err == nil || err == ErrWouldBlock:
-		case err == ErrThrottled && (patient || !p.throttled):
+		case err == ErrStalled, err == ErrThrottled && patient:
 		default:
 			return n, err
 		}
@@ -314,8 +320,8 @@ func (p *Port) writeAll(ctx context.Context, b []byte, patient bool) (n int, err
 }
 
 // TryWrite writes as much of b as there is room for. Without any room it fails
-// with [ErrThrottled] where the other side does not take what it was sent, and
-// with [ErrWouldBlock] otherwise.
+// with [ErrThrottled] where the other side said so, with [ErrStalled] where it
+// does not take what it was sent, and with [ErrWouldBlock] otherwise.
 func (p *Port) TryWrite(b []byte) (int, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -331,15 +337,18 @@ func (p *Port) write(b []byte) (int, error) {
 	switch {
 	case len(b) == 0:
 		return 0, nil
-	case p.throttled, room <= 0 && p.starved:
+	case p.throttled:
 		return 0, ErrThrottled
+	case room <= 0 && p.starved:
+		return 0, ErrStalled
 	case !p.mayGoOut(), room <= 0:
 		return 0, ErrWouldBlock
 	}
 	if p.out.Len() == 0 {
 		p.hooks.send.wake()
 	}
-	n, _ := p.out.Write(b[:min(len(b), room)])
+	n := min(len(b), room)
+	p.out.Write(b[:n])
 	return n, nil
 }
 

@@ -69,6 +69,30 @@ func TestLeaving(t *testing.T) {
 	}
 }
 
+// Data overtakes the message that the port is open, and no end of file follows
+// it.
+func TestDataBeforeOpening(t *testing.T) {
+	p := newPort()
+	if err := p.Open(); err != nil {
+		t.Fatal(err)
+	}
+	p.receive([]byte("x"))
+	b := make([]byte, 2)
+	if n, err := p.Read(b); n != 1 || err != nil {
+		t.Error(n, err)
+	}
+	if _, err := p.TryRead(b); err != ErrWouldBlock {
+		t.Error(err)
+	}
+	p.peerOpened()
+	p.peerLeaving()
+	p.receive([]byte("x")) // still on the way
+	p.arrived(p.isLeaving())
+	if p.PeerOpen() || p.Unread() != 1 {
+		t.Error("not closed behind the data")
+	}
+}
+
 // All openings and closings since the last message are one message or two.
 func TestTurns(t *testing.T) {
 	for _, c := range []struct {
@@ -153,7 +177,7 @@ func TestWriteStates(t *testing.T) {
 		want error
 	}{
 		{"full", func() {}, ErrWouldBlock},
-		{"starved", p.starve, ErrThrottled},
+		{"starved", p.starve, ErrStalled},
 		{"pulled", func() { p.pull(make([]byte, 1)); p.sent() }, nil},
 		{"throttled", func() { p.setThrottled(true) }, ErrThrottled},
 		{"released", func() { p.setThrottled(false); p.pull(make([]byte, 1)); p.sent() }, nil},

@@ -123,6 +123,7 @@ type driverSender struct {
 
 // newDriverSender makes a buffer for each entry of the queue, but at least one.
 func newDriverSender(d *virtio.Driver, q *virtio.DriverQueue, size int) (*driverSender, error) {
+	q.Delay()
 	s := &driverSender{q: q}
 	var err error
 	if s.free, err = buffers(d, q.Size(), size); len(s.free) == 0 {
@@ -191,12 +192,12 @@ type driverPiece struct {
 }
 
 // newDriverReceiver fills the queue.
-func newDriverReceiver(d *virtio.Driver, q *virtio.DriverQueue) (*driverReceiver, error) {
-	all, err := buffers(d, q.Size(), bufferSize)
+func newDriverReceiver(d *virtio.Driver, q *virtio.DriverQueue, size int) (*driverReceiver, error) {
+	all, err := buffers(d, q.Size(), size)
 	for _, b := range all {
 		if err != nil {
 			b.Free()
-		} else if err := q.Add(b, virtio.In(0, bufferSize)); err != nil {
+		} else if err := q.Add(b, virtio.In(0, size)); err != nil {
 			return nil, err
 		}
 	}
@@ -232,7 +233,9 @@ func (p *driverPiece) Read(b []byte) (int, error) {
 }
 
 func (p *driverPiece) done() error {
-	if err := p.q.Add(p.b, virtio.In(0, p.b.Size())); err != nil {
+	again := virtio.In(0, p.b.Size())
+	again.Same = true // it never serves another port
+	if err := p.q.Add(p.b, again); err != nil {
 		return err
 	}
 	return p.q.Kick()
@@ -326,7 +329,7 @@ func (l *lane) clean() bool {
 
 // send moves what ports write to the queue.
 func (l *lane) send(ctx context.Context, s sender) error {
-	buf := make([]byte, bufferSize)
+	buf := make([]byte, mostSize)
 	for {
 		next := l.tx.next()
 		p, _, _ := l.get()
@@ -358,7 +361,7 @@ func (l *lane) send(ctx context.Context, s sender) error {
 
 // receive moves what arrives to ports, as long as they have room.
 func (l *lane) receive(ctx context.Context, r receiver) error {
-	buf := make([]byte, bufferSize)
+	buf := make([]byte, mostSize)
 	var c piece
 	for {
 		next := l.rx.next()
@@ -379,7 +382,8 @@ func (l *lane) receive(ctx context.Context, r receiver) error {
 			continue
 		}
 		var err error
-		if c == nil {
+		// Whether the queue is empty is to be known only where that means something.
+		if c == nil && (leaving != 0 || draining) {
 			if c, err = r.tryTake(); err != nil {
 				return err
 			}

@@ -84,36 +84,18 @@ func (t *Interface) follow(link *vnet.Link) error {
 // watch has the link follow the interface.
 func (t *Interface) watch(ctx context.Context, link *vnet.Link) error {
 	up := true
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-t.events.changed:
-		}
-		a, err := t.Attributes()
-		var gone netlink.LinkNotFoundError
-		switch {
-		case errors.As(err, &gone):
-			return fmt.Errorf("interface %s: %w", t.name, ErrRemoved)
-		case err != nil:
-			return err
-		}
+	return t.Follow(ctx, func(is bool, _ int) error {
 		// It may have been renamed or moved to another name space, which is
 		// all the same.
-		if err := t.follow(link); err != nil {
+		if err := t.follow(link); err != nil || is == up {
 			return err
 		}
-		if is := a.Flags&net.FlagUp != 0; is != up {
-			up = is
-			change := link.Down
-			if up {
-				change = link.Up
-			}
-			if err := change(); err != nil {
-				return err
-			}
+		up = is
+		if up {
+			return link.Up()
 		}
-	}
+		return link.Down()
+	})
 }
 
 // carry has the interface follow the link's carrier.

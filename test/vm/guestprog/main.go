@@ -9,28 +9,34 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"time"
 )
 
 var programs = map[string]func(ctx context.Context, args []string) (any, error){
-	"bar2":      bar2,
-	"bench":     benchOther,
-	"churn":     churn,
-	"copies":    copies,
-	"cost":      cost,
-	"crash":     crash,
-	"crowd":     crowd,
-	"mixed":     mixed,
-	"oneshot":   oneShot,
-	"ring":      ring,
-	"survive":   survive,
-	"uio-hold":  hold,
-	"uio-rules": rules,
-	"uio-wait":  wait,
-	"uio-words": words,
+	"bar2":       bar2,
+	"bench":      benchOther,
+	"char-drive": charDrive,
+	"char-serve": charServe,
+	"churn":      churn,
+	"copies":     copies,
+	"cost":       cost,
+	"crash":      crash,
+	"crowd":      crowd,
+	"mixed":      mixed,
+	"oneshot":    oneShot,
+	"port-bench": portBench,
+	"ring":       ring,
+	"survive":    survive,
+	"uio-hold":   hold,
+	"uio-rules":  rules,
+	"uio-wait":   wait,
+	"uio-words":  words,
 }
 
 func main() {
+	// As in ivshctl.
+	runtime.GOMAXPROCS(max(4, runtime.GOMAXPROCS(0)))
 	if err := run(os.Args[1:]); err != nil {
 		fmt.Fprintln(os.Stderr, "guestprog:", err)
 		os.Exit(1)

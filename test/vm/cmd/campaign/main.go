@@ -53,6 +53,9 @@ var campaigns = []campaign{
 	{"vnet", "virtual Ethernet between two guests, as people use a network", 10 * time.Second, ethernet},
 	{"vnet-bench", "virtual Ethernet on the host against veth and against a forwarder, and what its time goes into", time.Second, ethernetBench},
 	{"vnet-models", "virtual Ethernet against models of the drivers of Linux and Zephyr: every size, event and MTU, and a soak", 2 * time.Second, ethernetModels},
+	{"virtio", "models of Linux's drivers on every type of device, bound, removed and killed", time.Second, virtioProcesses},
+	{"block", "a file system on a virtio disk, through NBD: its device side, the guest, and the power fail at random moments", time.Second, blockDisk},
+	{"virtio-bench", "ports between a guest and the host, beside QEMU's virtio-serial", time.Second, virtioBench},
 	{"fuzz", "all fuzzers, DURATION each", 3 * time.Second, fuzz},
 }
 
@@ -133,7 +136,7 @@ func (r *Report) say(format string, args ...any) {
 func main() {
 	if len(os.Args) > 2 {
 		// What it starts itself for.
-		if f := map[string]func([]string) error{floorPoller: poller}[os.Args[1]]; f != nil {
+		if f := map[string]func([]string) error{floorPoller: poller, volatileDisk: serveVolatile}[os.Args[1]]; f != nil {
 			if err := f(os.Args[2:]); err != nil {
 				fmt.Fprintln(os.Stderr, err)
 				os.Exit(1)

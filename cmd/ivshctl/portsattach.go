@@ -1,0 +1,124 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
+
+	"github.com/ivshmem-go/ivshmem"
+	"github.com/ivshmem-go/ivshmem/internal/ports"
+	"github.com/ivshmem-go/ivshmem/virtio/console"
+)
+
+func (p *program) portsAttachCommand() *cli.Command {
+	return command(1, &cli.Command{
+		Name: "attach", Usage: "join standard input and output with a port", ArgsUsage: "NAME",
+		Description: `Waits for the port, and for the other side to open it. Ends when that closes it,
+and everything is written; the end of standard input does not end it, unless
+there is --eof: then the port is closed. A terminal as standard input is put into
+raw mode; the escape key ends it.
+
+Example: tar c . | ivshctl ports attach --eof org.example.backup
+         ivshctl ports attach org.example.backup | tar x`,
+		Flags: []cli.Flag{dirFlag, timeoutFlag, escapeFlag,
+			&cli.BoolFlag{Name: "eof", Usage: "close the port at the end of standard input"}},
+		Action: func(c *cli.Context) error {
+			if c.NArg() != 1 {
+				return usagef("ports attach: expected NAME")
+			}
+			escape, err := parseEscape(c.String("escape"))
+			if err != nil {
+				return err
+			}
+			ctx, cancel := withTimeout(c)
+			defer cancel()
+			dir, name := portsDir(c), c.Args().First()
+			l, err := openPort(ctx, dir, name)
+			if err != nil {
+				return interrupted(err)
+			}
+			s := &session{program: p, line: l, name: name, escape: escape, eof: c.Bool("eof"), there: func(ctx context.Context) {
+				// What a program says before it leaves is for an other side that is there.
+				for !listed(dir, name, func(s ports.Status) bool { return s.OpenThere }) && ctx.Err() == nil {
+					time.Sleep(attachPace)
+				}
+			}}
+			err = s.run(ctx)
+			if err == nil && s.received.Load() == 0 && s.end == endOfLine && listed(dir, name, func(s ports.Status) bool { return s.OpenHere }) {
+				err = fmt.Errorf("port %s: %w: another program has it open", name, ivshmem.ErrBusy)
+			}
+			return interrupted(err)
+		},
+	})
+}
+
+// attachPace is how often to look for a port, and for the other side.
+const attachPace = 20 * time.Millisecond
+
+// openPort opens a port's file, and waits for it to be there.
+func openPort(ctx context.Context, dir, name string) (*line, error) {
+	files := []string{ports.File(name, 0)}
+	if _, ok := ports.Name(name); ok {
+		files = append(files, name)
+	}
+	for {
+		for _, f := range files {
+			l, err := openFile(dir, filepath.Join(dir, f), name)
+			if l != nil || !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ECONNREFUSED) && !errors.Is(err, unix.EIO) && !errors.Is(err, unix.ENXIO) {
+				return l, err
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		case <-time.After(attachPace):
+		}
+	}
+}
+
+func openFile(dir, path, name string) (*line, error) {
+	st, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if st.Mode()&os.ModeSocket == 0 {
+		f, err := os.OpenFile(path, os.O_RDWR|unix.O_NOCTTY, 0)
+		if err != nil {
+			return nil, err
+		}
+		return &line{ReadWriteCloser: f, resize: func(s console.Size) {
+			if c, err := f.SyscallConn(); err == nil {
+				c.Control(func(fd uintptr) {
+					unix.IoctlSetWinsize(int(fd), unix.TIOCSWINSZ, &unix.Winsize{Row: s.Rows, Col: s.Cols})
+				})
+			}
+		}}, nil
+	}
+	c, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	// Only the device's side of a console can tell it.
+	return &line{ReadWriteCloser: c, closeWrite: c.CloseWrite, resize: func(s console.Size) {
+		askPorts(dir, controlRequest{Do: "resize", Name: name, Size: &s})
+	}}, nil
+}
+
+// listed reports whether something is so of a port.
+func listed(dir, name string, is func(ports.Status) bool) bool {
+	all, _ := listPorts(dir)
+	for _, s := range all {
+		if (s.Name == name || filepath.Base(s.Path) == name) && is(s) {
+			return true
+		}
+	}
+	return false
+}
