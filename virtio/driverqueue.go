@@ -16,8 +16,12 @@ type Buffer struct {
 	busy  bool   // with the mu of the queue held that has it
 }
 
-// indirectMost is the most segments that are put into an indirect table.
-const indirectMost = 4
+// indirectMost is the most segments of a buffer that are put into its indirect
+// table: one for each page, and a few.
+func indirectMost(n uint64) uint64 { return 4 + n/4096 }
+
+// tableSize is how many segments the indirect table of a buffer has room for.
+func (b *Buffer) tableSize() int { return int((b.at - b.table) / descriptorSize) }
 
 // Alloc takes memory of n bytes for a buffer, zeroed. It fails with a
 // *[SpaceError] where there is none.
@@ -28,7 +32,7 @@ func (d *Driver) Alloc(n int) (*Buffer, error) {
 	b := &Buffer{d: d, n: uint64(n)}
 	table := uint64(0)
 	if d.features.Has(IndirectDesc) {
-		table = indirectMost * descriptorSize
+		table = indirectMost(b.n) * descriptorSize
 	}
 	at, err := d.reserve(table + b.n)
 	if err != nil {
@@ -257,7 +261,7 @@ func (q *DriverQueue) Add(b *Buffer, segments ...Segment) error {
 		}
 	}
 	var head uint16
-	if q.indirect && len(segments) > 1 && len(segments) <= indirectMost {
+	if len(segments) > 1 && len(segments) <= b.tableSize() {
 		for i, s := range segments {
 			b.describe(b.table+descriptorSize*uint64(i), s, i+1 < len(segments), uint16(i+1))
 		}
@@ -285,7 +289,7 @@ func (q *DriverQueue) Add(b *Buffer, segments ...Segment) error {
 // check checks what is to be added. The caller holds mu and life.
 func (q *DriverQueue) check(b *Buffer, segments []Segment) (writable uint32, err error) {
 	need := len(segments)
-	if q.indirect && need > 1 && need <= indirectMost {
+	if need > 1 && need <= b.tableSize() {
 		need = 1
 	}
 	switch {

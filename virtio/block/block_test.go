@@ -19,7 +19,7 @@ import (
 )
 
 // newImage is a file of some bytes.
-func newImage(t *testing.T, size int) string {
+func newImage(t testing.TB, size int) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "image")
 	p := make([]byte, size)
@@ -33,7 +33,7 @@ func newImage(t *testing.T, size int) string {
 }
 
 // newDisk serves a file, and opens it at the other end.
-func newDisk(t *testing.T, path string, rw uint64, c block.Config) *block.Disk {
+func newDisk(t testing.TB, path string, rw uint64, c block.Config) *block.Disk {
 	t.Helper()
 	peers := ivshmemtest.Peers(t, link.Config{Peers: 2, Vectors: 2, Protocol: 0x8002, ReadWrite: rw})
 	f, err := block.OpenFile(path, c.ReadOnly)

@@ -32,6 +32,7 @@ type Disk struct {
 	q    *virtio.DriverQueue
 	size int64
 	most int // bytes of data of a request
+	part int // of a segment of it
 
 	// edges is held for reading by writes of whole sectors, and by others, which
 	// read what is around them before.
@@ -48,6 +49,8 @@ type slot struct {
 	status int64    // where it is
 	done   chan int // what the device wrote
 	header [headerSize]byte
+	// segments are those of its last request, for their memory.
+	segments []virtio.Segment
 }
 
 const (
@@ -84,14 +87,18 @@ func (d *Disk) setUp(ctx context.Context) error {
 		return &virtio.ViolationError{Queue: -1, Field: "capacity", Value: capacity, Bound: "at most 2^54 sectors"}
 	}
 	d.size = int64(capacity) * SectorSize
-	d.most = requestMost
+	d.most, d.part = requestMost, requestMost
 	if d.d.Features().Has(featureSizeMax) {
-		// One segment has all data of a request.
 		most := le.Uint32(space[configSizeMax:]) &^ (SectorSize - 1)
 		if most == 0 {
 			return &virtio.ViolationError{Queue: -1, Field: "size_max", Value: uint64(le.Uint32(space[configSizeMax:])), Bound: "a sector or more"}
 		}
-		d.most = int(min(uint32(d.most), most))
+		d.part = int(min(uint32(d.part), most))
+		segments := uint32(1)
+		if d.d.Features().Has(featureSegMax) {
+			segments = max(1, le.Uint32(space[configSegMax:]))
+		}
+		d.most = int(min(uint64(d.most), uint64(segments)*uint64(d.part)))
 	}
 	var err error
 	if d.q, err = d.d.SetUpQueue(ctx, 0, 4*depth); err != nil {
@@ -106,7 +113,16 @@ func (d *Disk) setUp(ctx context.Context) error {
 // memory takes memory for requests: as many as there is room for, or smaller
 // ones.
 func (d *Disk) memory() error {
-	most := max(1, min(depth, d.q.Size()/3))
+	// Each needs a header and a status besides its data; without indirect
+	// descriptors, all of them entries of the queue.
+	if most := d.part * max(1, d.q.Size()-2); d.most > most {
+		d.most = most
+	}
+	need := 1
+	if !d.d.Features().Has(virtio.IndirectDesc) {
+		need = 2 + (d.most+d.part-1)/d.part
+	}
+	most := max(1, min(depth, d.q.Size()/need))
 	d.idle = make(chan *slot, most)
 	for len(d.all) < most {
 		buf, err := d.d.Alloc(headerSize + d.most + 1)
@@ -292,20 +308,22 @@ func (d *Disk) do(request uint32, sector int64, out []byte, in int, take func(*s
 	if _, err := s.buf.WriteAt(s.header[:], 0); err != nil {
 		return err
 	}
-	segments := [3]virtio.Segment{virtio.Out(0, headerSize)}
-	n := 1
+	segments := append(s.segments[:0], virtio.Out(0, headerSize))
 	if len(out) > 0 {
 		if _, err := s.buf.WriteAt(out, headerSize); err != nil {
 			return err
 		}
-		segments[n] = virtio.Out(headerSize, len(out))
-		n++
-	} else if in > 0 {
-		segments[n] = virtio.In(headerSize, in)
-		n++
+		for at := 0; at < len(out); at += d.part {
+			segments = append(segments, virtio.Out(headerSize+at, min(d.part, len(out)-at)))
+		}
+	} else {
+		for at := 0; at < in; at += d.part {
+			segments = append(segments, virtio.In(headerSize+at, min(d.part, in-at)))
+		}
 	}
-	segments[n] = virtio.In(int(s.status), 1)
-	if err := d.q.Add(s.buf, segments[:n+1]...); err != nil {
+	segments = append(segments, virtio.In(int(s.status), 1))
+	s.segments = segments
+	if err := d.q.Add(s.buf, segments...); err != nil {
 		return err
 	}
 	if err := d.q.Kick(); err != nil {

@@ -55,7 +55,7 @@ var campaigns = []campaign{
 	{"vnet-models", "virtual Ethernet against models of the drivers of Linux and Zephyr: every size, event and MTU, and a soak", 2 * time.Second, ethernetModels},
 	{"virtio", "models of Linux's drivers on every type of device, bound, removed and killed", time.Second, virtioProcesses},
 	{"block", "a file system on a virtio disk, through NBD: its device side, the guest, and the power fail at random moments", time.Second, blockDisk},
-	{"virtio-bench", "ports between a guest and the host, beside QEMU's virtio-serial", time.Second, virtioBench},
+	{"virtio-bench", "ports between a guest and the host beside QEMU's virtio-serial, and disks beside NBD", time.Second, virtioBench},
 	{"fuzz", "all fuzzers, DURATION each", 3 * time.Second, fuzz},
 }
 

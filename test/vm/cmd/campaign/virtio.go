@@ -78,7 +78,7 @@ func virtioProcesses(ctx context.Context, r *Report) error {
 		r.Failures = append(r.Failures, fmt.Sprintf("the tests: %v\n%s", err, rest.String()))
 		return nil
 	}
-	r.atLeast("devices on links", float64(len(table.Rows)), 16)
+	r.atLeast("devices on links", float64(len(table.Rows)), 20)
 	r.atLeast("removals of each", float64(least), float64(removals))
 	r.info("removals", float64(sum.removals))
 	r.atLeast("drivers killed", float64(sum.guests), float64(killed))

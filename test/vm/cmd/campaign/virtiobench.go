@@ -117,7 +117,15 @@ func virtioBench(ctx context.Context, r *Report) error {
 		}
 	}
 	r.Tables = append(r.Tables, t)
-	return nil
+	if r.Sabotage {
+		return nil // has failed
+	}
+	ends, err := openBlockEnds(ctx, b.dir, b.guest.Monitor())
+	defer ends.close()
+	if err != nil {
+		return err
+	}
+	return ends.bench(r, rounds, long/2)
 }
 
 // portGuest is a guest with both kinds of ports, and their host ends.
@@ -205,16 +213,20 @@ func (b *portGuest) start(parent context.Context) (err error) {
 		portbench.Follow(c)
 		return nil
 	})
+	disk, err := nbdImage(b.dir)
+	if err != nil {
+		return err
+	}
 	b.report.say("booting a guest")
 	b.guest, err = vm.Start(ctx, vm.Config{
 		Name: "guest", Driver: "vfio-pci", CPUs: 2,
 		Devices: []vm.Device{{Socket: b.service.Socket, Address: "0x8"}},
 		Files:   map[string]string{"/bin/guestprog": program},
-		QEMU: []string{
+		QEMU: append(disk,
 			"-device", "virtio-serial-pci,id=serial,addr=0x11",
-			"-chardev", "socket,id=serial,path=" + serial,
-			"-device", "virtserialport,bus=serial.0,chardev=serial,name=" + portBenchName,
-		},
+			"-chardev", "socket,id=serial,path="+serial,
+			"-device", "virtserialport,bus=serial.0,chardev=serial,name="+portBenchName,
+		),
 	})
 	return err
 }
