@@ -18,13 +18,18 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	// The race detector would make each program's end take a second.
+	os.Setenv("GORACE", "atexit_sleep_ms=0")
 	testscript.Main(m, map[string]func(){"ivsh-pingpong": main})
 }
 
 // TestScripts runs the real program: its default, which needs nothing but
 // itself, and its mistakes.
 func TestScripts(t *testing.T) {
-	testscript.Run(t, testscript.Params{Dir: "testdata"})
+	testscript.Run(t, testscript.Params{Dir: "testdata", Setup: func(e *testscript.Env) error {
+		e.Setenv("GORACE", os.Getenv("GORACE"))
+		return nil
+	}})
 }
 
 // TestTwoPeers plays both peers of a link that is there already. The leading
