@@ -161,6 +161,7 @@ func (b *Board) Attach(t testing.TB, id uint32, w Wiring) *Peer {
 	b.mu.Lock()
 	b.peers[id] = p
 	b.mu.Unlock()
+	t.Cleanup(func() { p.Close() })
 	return p
 }
 
@@ -226,9 +227,7 @@ func (p *Peer) Store(r regs.Register, v uint32) error {
 }
 
 func (p *Peer) Close() error {
-	if p.closed.Swap(true) {
-		return nil
-	}
+	p.closed.Store(true)
 	b := p.board
 	b.mu.Lock()
 	defer b.mu.Unlock()
