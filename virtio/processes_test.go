@@ -58,10 +58,15 @@ func TestPart(t *testing.T) {
 		os.Exit(1)
 	}()
 	if p.BackEnd {
-		dev, err := ivshmem.Open(p.Socket)
-		if err != nil {
-			t.Fatal(err)
-		}
+		var dev *ivshmem.Device
+		// Its predecessor may still be there.
+		until(t, "the peer ID is free", func() bool {
+			var err error
+			if dev, err = ivshmem.Open(p.Socket); err != nil && !errors.Is(err, ivshmem.ErrBusy) {
+				t.Fatal(err)
+			}
+			return err == nil
+		})
 		t.Error(kinds[p.Kind].serve(t.Context(), dev, &p))
 		return
 	}
@@ -216,14 +221,6 @@ func (s *stage) startDevice() {
 	p := s.part
 	p.BackEnd, p.Socket = true, s.sockets[0]
 	s.device = s.command(p)
-	until(s, "the device's peer ID is free", func() bool {
-		d, err := ivshmem.Open(s.sockets[0])
-		if err != nil {
-			return false
-		}
-		d.Close()
-		return true
-	})
 	if err := s.device.Start(); err != nil {
 		s.Fatal(err)
 	}
