@@ -36,6 +36,7 @@ type part struct {
 	Seed    uint64
 	Lives   int  // of the driver
 	Deaths  bool // some of them by SIGKILL
+	Steps   int  // of such a life, about
 	// Sabotage has the device not do what it should, where that shows at once.
 	Sabotage bool
 }
@@ -80,15 +81,14 @@ func (p *part) drive(t *testing.T) {
 	answers := bufio.NewReader(control)
 	kind := &kinds[p.Kind]
 	random := rand.New(rand.NewPCG(p.Seed, 0))
-	// A life has about as many steps as the last that was not cut short.
-	steps, longest := 0, 400
+	steps := 0
 	for life := range p.Lives {
 		l := newProcess(t, p.Socket, p.Vectors)
 		l.accept = kind.accept
 		l.callbacks = func(q int) bool { return q != kind.silent }
 		death, victim := -1, random.IntN(3)
 		if p.Deaths && victim > 0 {
-			death = random.IntN(longest)
+			death = random.IntN(p.Steps)
 		}
 		steps = 0
 		l.step = func() {
@@ -118,8 +118,9 @@ func (p *part) drive(t *testing.T) {
 		case t.Failed():
 			return
 		}
-		longest = steps
-		fmt.Fprintln(control, "life")
+		// The next one has about as many.
+		p.Steps = steps
+		fmt.Fprintln(control, "life", steps)
 	}
 }
 
@@ -164,7 +165,7 @@ type stage struct {
 }
 
 func newStage(t *testing.T, kind, vectors int, sabotage bool) *stage {
-	s := &stage{T: t, part: part{Kind: kind, Vectors: vectors, Sabotage: sabotage}}
+	s := &stage{T: t, part: part{Kind: kind, Vectors: vectors, Sabotage: sabotage, Steps: 400}}
 	l, err := link.New(link.Config{Peers: 2, Vectors: uint16(vectors), Protocol: kinds[kind].protocol, ReadWrite: 0x40000})
 	if err != nil {
 		t.Fatal(err)
@@ -273,16 +274,16 @@ func (s *stage) guest(p part) (lives int, err error) {
 		if err != nil {
 			break
 		}
-		switch line {
-		case "life\n":
+		if n, _ := fmt.Sscanf(line, "life %d", &s.Steps); n == 1 {
 			lives++
 			s.tally.Lives++
-		case "kill\n":
-			s.killDevice()
-			s.tally.DeviceDeaths++
-			io.WriteString(control, "killed\n")
-			s.startDevice()
+			continue
 		}
+		// The driver wants its device killed, and waits.
+		s.killDevice()
+		s.tally.DeviceDeaths++
+		io.WriteString(control, "killed\n")
+		s.startDevice()
 	}
 	return lives, c.Wait()
 }
