@@ -3,6 +3,8 @@ module github.com/ivshmem-go/ivshmem/test/vm
 go 1.26.3
 
 require (
+	github.com/creack/pty v1.1.24
+	github.com/hinshun/vt10x v0.0.0-20220301184237-5011da428d02
 	github.com/ivshmem-go/ivshmem v0.0.0-00010101000000-000000000000
 	github.com/u-root/u-root v0.16.0
 	github.com/ulikunitz/xz v0.5.15

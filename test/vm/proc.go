@@ -13,13 +13,14 @@ type Child struct {
 	err  error // valid after done
 }
 
-// StartChild starts cmd in a process group of its own. The kernel kills it
+// StartChild starts cmd in a process group of its own, or in a session of its
+// own where cmd says so. The kernel kills it
 // when this process ends, even by SIGKILL.
 func StartChild(cmd *exec.Cmd) (*Child, error) {
 	if cmd.SysProcAttr == nil {
 		cmd.SysProcAttr = &syscall.SysProcAttr{}
 	}
-	cmd.SysProcAttr.Setpgid = true
+	cmd.SysProcAttr.Setpgid = !cmd.SysProcAttr.Setsid
 	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
 	c := &Child{cmd: cmd, done: make(chan struct{})}
 	started := make(chan error)
