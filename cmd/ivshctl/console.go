@@ -62,11 +62,11 @@ func (p *program) console(c *cli.Context) error {
 			door.Path = c.String("socket")
 			return door.Socket(ctx)
 		}
-		if err := port.Open(); err != nil {
+		open, err := openLine(ctx, port)
+		if err != nil {
 			return err
 		}
-		defer port.Close()
-		l := &line{ReadWriteCloser: &portLine{port, ctx, p}}
+		l := &line{ReadWriteCloser: open}
 		if resize != nil {
 			l.resize = func(s console.Size) { resize(port, s) }
 		}
@@ -145,9 +145,17 @@ func findPort(ctx context.Context, d *console.Driver, name string) (*console.Por
 
 // portLine is a port that the other side may close and open again.
 type portLine struct {
-	port *console.Port
-	ctx  context.Context
-	*program
+	port   *console.Port
+	ctx    context.Context // until Close
+	cancel context.CancelFunc
+}
+
+func openLine(ctx context.Context, p *console.Port) (*portLine, error) {
+	if err := p.Open(); err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	return &portLine{p, ctx, cancel}, nil
 }
 
 func (l *portLine) Read(b []byte) (int, error) {
@@ -171,4 +179,7 @@ func (l *portLine) Write(b []byte) (int, error) {
 	return l.port.WriteAll(l.ctx, b)
 }
 
-func (l *portLine) Close() error { return l.port.Close() }
+func (l *portLine) Close() error {
+	l.cancel()
+	return l.port.Close()
+}

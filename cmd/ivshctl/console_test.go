@@ -47,6 +47,7 @@ func inTerminal(t *testing.T, args ...string) *terminal {
 		t.Fatal(err)
 	}
 	x.before = x.modes()
+	x.cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0")
 	x.cmd.Stdin, x.cmd.Stdout, x.cmd.Stderr = x.slave, x.slave, x.slave
 	x.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
 	if err := x.cmd.Start(); err != nil {
@@ -119,6 +120,10 @@ func (x *terminal) keys(s string) {
 // ended waits for the end with an exit code, and looks at the terminal.
 func (x *terminal) ended(code int) {
 	x.Helper()
+	late := time.AfterFunc(30*time.Second, func() {
+		x.cmd.Process.Signal(unix.SIGABRT) // tells where it hangs
+	})
+	defer late.Stop()
 	err := x.cmd.Wait()
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) {
@@ -257,8 +262,17 @@ func TestConsoleLeaves(t *testing.T) {
 	}
 }
 
-// All keys but the escape key go to the other side, and what was typed before
-// that one.
+// The escape key works while nobody is at the other end.
+func TestConsoleLeavesNobody(t *testing.T) {
+	t.Parallel()
+	l := newConsoleLink(t)
+	x := inTerminal(t, "console", "-d", l.path)
+	x.raw()
+	x.keys("x\x1d")
+	x.ended(0)
+}
+
+// All keys but the escape key go to the other side.
 func TestConsoleKeys(t *testing.T) {
 	t.Parallel()
 	l := newConsoleLink(t)
@@ -266,11 +280,12 @@ func TestConsoleKeys(t *testing.T) {
 	all := "\x00\x03\x04\x11\x13\x1a\x1b[A\r\n\x7f"
 	x := inTerminal(t, "console", "-d", l.path)
 	x.raw()
-	x.until("the key", func() bool { return x.shows("con: ^] leaves") })
+	x.until("the key", func() bool { return x.shows(": ^] leaves") })
 	x.keys(all)
 	l.hear(con, all)
-	x.keys("last\x1dnot this")
+	x.keys("last")
 	l.hear(con, "last")
+	x.keys("\x1dnot this")
 	x.ended(0)
 	con.Wait(l.ctx, console.HangUp)
 	if n := con.Unread(); n > 0 {
@@ -416,6 +431,59 @@ func attachTerminal(t *testing.T, form string) {
 	x.until("the text", func() bool { return x.shows("bye") })
 	p.Close()
 	x.ended(0)
+}
+
+// What is typed while nobody is there is for nobody, and nothing waits for it.
+func TestTypedToNobody(t *testing.T) {
+	t.Parallel()
+	l := newConsoleLink(t)
+	_, con, _, _ := l.device()
+	con.Close()
+	open, err := openLine(l.ctx, con)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n, err := open.Write([]byte("x")); n != 1 || err != nil {
+		t.Fatal(n, err)
+	}
+	d, err := console.Open(l.ctx, l.open(1), console.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	p, err := d.WaitPort(l.ctx, "con")
+	if err == nil {
+		err = p.Open()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.say(con, "y")
+	l.hear(p, "y")
+}
+
+// slowLine takes its time to be written to.
+type slowLine struct {
+	io.ReadWriteCloser
+	got []byte
+}
+
+func (l *slowLine) Write(b []byte) (int, error) {
+	time.Sleep(50 * time.Millisecond)
+	l.got = append(l.got, b...)
+	return len(b), nil
+}
+
+// What was typed before the escape key is written before the end.
+func TestEscapeIsLast(t *testing.T) {
+	l := &slowLine{}
+	s := &session{program: &program{out: io.Discard}, line: &line{ReadWriteCloser: l}, escape: 0x1d}
+	if err := s.keys(context.Background(), strings.NewReader("last\x1dnot this")); err != errEscape {
+		t.Error(err)
+	}
+	if string(l.got) != "last" {
+		t.Errorf("%q", l.got)
+	}
 }
 
 // A panic in one of a session's goroutines restores the terminal, too.

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ivshmem-go/ivshmem"
+	"github.com/ivshmem-go/ivshmem/virtio"
 )
 
 // Exit codes, also in the help text.
@@ -81,7 +82,7 @@ func exitCode(err error) int {
 		{errors.Is(err, ivshmem.ErrBusy), exitBusy},
 		{errors.Is(err, context.DeadlineExceeded), exitTimeout},
 		{errors.Is(err, ivshmem.ErrNotSupported), exitNotSupported},
-		{errors.Is(err, ivshmem.ErrGone), exitGone},
+		{errors.Is(err, ivshmem.ErrGone) || errors.Is(err, virtio.ErrBackEndGone), exitGone},
 	} {
 		if c.is {
 			return c.code

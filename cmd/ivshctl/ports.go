@@ -61,8 +61,8 @@ Example: ivshctl serve --socket /tmp/link0 --protocol 0x8003 --vectors 2 --outpu
          ivshctl ports serve -d /tmp/link0 --port console,console,as=pty --port org.example.log,cache`,
 		Flags: []cli.Flag{deviceFlag, dirFlag, wireFlag("multiport"),
 			&cli.GenericFlag{Name: "port", Usage: "`NAME[,console][,AS][,cache][,limit=SIZE]`, any number of times; AS is " + asUsage, Value: &portSpecs{}},
-			&cli.IntFlag{Name: "max-ports", Usage: "how many ports there may be, up to 128 (default: 4, or as many as are named, or the device has)"},
-			&cli.IntFlag{Name: "entries", Usage: "entries of each queue, a power of two; Linux puts 4096 bytes into the R/W section for each (default: 4)"}},
+			&cli.IntFlag{Name: "max-ports", Usage: "how many ports there may be, up to 128", DefaultText: "4, or as many as are named, or the device has"},
+			&cli.IntFlag{Name: "entries", Usage: "entries of each queue, a power of two; Linux puts 4096 bytes into the R/W section for each", DefaultText: "4"}},
 		Action: p.portsServe,
 	})
 }
@@ -230,13 +230,11 @@ func (p *program) followPorts(ctx context.Context, d *ivshmem.Device, config con
 		default:
 			s.Use(driver)
 			files, cancel := context.WithCancel(ctx)
-			stop := context.AfterFunc(ctx, cancel)
 			go func() {
 				<-driver.Done()
 				cancel()
 			}()
 			s.Run(files)
-			stop()
 			driver.Close()
 			if ctx.Err() == nil {
 				p.warn(errors.New("the device left: waiting for it"))

@@ -109,6 +109,7 @@ func (h *hostile) add(t *testing.T, port uint32, name string) {
 // Whatever a device calls its ports, they are files of their own in the
 // directory, and nothing else is touched.
 func TestHostileNames(t *testing.T) {
+	t.Parallel()
 	top := tempDir(t)
 	dir := filepath.Join(top, "in", "ports")
 	h, driver := newHostile(t, 12)
@@ -153,4 +154,40 @@ func fileOf(id int, name string) string {
 		return "twin#" + map[int]string{10: "10", 11: "11"}[id]
 	}
 	return File(name, uint32(id))
+}
+
+// A name that comes late moves the port, but not under a program.
+func TestLateName(t *testing.T) {
+	t.Parallel()
+	h, driver := newHostile(t, 4)
+	s := serve(t, driver, Config{})
+	h.add(t, 3, "")
+	c := s.dial("port-3")
+	s.wait("port-3", hereOpen)
+	h.say(t, 3, 7, "late") // PORT_NAME
+	s.wait("port-3", func(s Status) bool { return s.Name == "late" })
+	h.add(t, 2, "other") // the service has looked since then
+	s.wait("other", there)
+	s.wait("port-3", hereOpen)
+	c.Close()
+	s.dial("late")
+	if _, err := os.Lstat(s.path("port-3")); !errors.Is(err, os.ErrNotExist) {
+		t.Error(err)
+	}
+}
+
+// A name that comes with the port is the only one that its file ever had.
+func TestNameInTime(t *testing.T) {
+	t.Parallel()
+	h, driver := newHostile(t, 8)
+	s := serve(t, driver, Config{})
+	for id := range uint32(8) {
+		h.add(t, id, "x"+string(rune('0'+id)))
+	}
+	s.wait("x7", there)
+	for _, path := range s.readied() {
+		if strings.Contains(path, "port-") {
+			t.Error(path)
+		}
+	}
 }

@@ -145,16 +145,14 @@ func (s *Service) Rename(ctx context.Context, name, to string) (path string, err
 	if _, err := s.find(to); err == nil || to == "" {
 		return "", fmt.Errorf("%q: expected the name of no port: %w", to, syscall.EEXIST)
 	}
-	// Whoever opened it now would be cut off.
-	if err := p.Open(); err != nil {
-		return "", err
+	if p.InUse() {
+		return "", console.ErrBusy
 	}
 	s.mu.Lock()
-	set := s.settingsOf(p.Name())
+	set := s.settingsOf(p)
 	s.mu.Unlock()
 	c := console.PortConfig{Name: p.Name(), Console: p.Console()}
 	if err := s.remove(ctx, m, p); err != nil {
-		p.Close()
 		return "", err
 	}
 	old := c.Name

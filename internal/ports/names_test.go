@@ -2,6 +2,7 @@ package ports
 
 import (
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -58,5 +59,23 @@ func TestNameOfOtherFiles(t *testing.T) {
 		if n, ok := Name(f); ok {
 			t.Errorf("%q: %q", f, n)
 		}
+	}
+}
+
+// A character device's name is one that the kernel takes, and of its own.
+func TestNodeName(t *testing.T) {
+	taken := map[string]string{}
+	for id, file := range []string{"org.example.log", File("../a b", 0), File("._2E._2Fa_20b", 0), File(strings.Repeat("=", 99), 0), "twin#3", "twin~3", "a=b", "a,b"} {
+		n := nodeName(file, uint32(id))
+		if !regexp.MustCompile(`^ivport-[A-Za-z0-9._+@:-]{1,190}$`).MatchString(n) {
+			t.Errorf("%q: %q", file, n)
+		}
+		if taken[n] != "" {
+			t.Errorf("%q and %q: both %q", file, taken[n], n)
+		}
+		taken[n] = file
+	}
+	if n := nodeName("org.example.log", 0); n != "ivport-org.example.log" {
+		t.Error(n)
 	}
 }

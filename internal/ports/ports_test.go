@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -49,6 +50,16 @@ type served struct {
 	// failures are what Failed was told.
 	failures chan error
 	stop     func()
+
+	mu    sync.Mutex
+	paths []string // that Ready was told
+}
+
+// readied are the paths that Ready was told.
+func (s *served) readied() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.paths)
 }
 
 // serve serves the ports of a console until the test ends, or stop is called.
@@ -58,7 +69,12 @@ func serve(t *testing.T, c Console, config Config) *served {
 		config.Dir = tempDir(t)
 	}
 	s := &served{t: t, dir: config.Dir, failures: make(chan error, 1000)}
-	config.Ready, config.Gone = func(string) {}, func(string) {}
+	config.Gone = func(string) {}
+	config.Ready = func(path string) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.paths = append(s.paths, path)
+	}
 	config.Failed = func(err error) { s.failures <- err }
 	var err error
 	if s.Service, err = New(config); err != nil {
@@ -192,21 +208,39 @@ func (b *both) say(p *console.Port, s string) {
 func (b *both) hear(r io.Reader, want string) {
 	b.t.Helper()
 	if p, ok := r.(*console.Port); ok {
-		for p.Unread() == 0 && !p.PeerOpen() {
-			changed := p.Changes()
-			if p.Unread() > 0 || p.PeerOpen() {
-				break
-			}
-			select {
-			case <-changed:
-			case <-b.ctx.Done():
-				b.t.Fatalf("nobody said %.40q", want)
-			}
-		}
+		r = reopened{p, b.ctx}
 	}
 	got := make([]byte, len(want))
 	if n, err := io.ReadFull(r, got); string(got) != want {
 		b.t.Fatalf("got %.40q, %d bytes, %v; want %.40q", got[:n], n, err, want)
+	}
+}
+
+// reopened is a port whose ends of file are not told: the other side opens it
+// again.
+type reopened struct {
+	*console.Port
+	ctx context.Context
+}
+
+func (r reopened) Read(b []byte) (int, error) {
+	for {
+		if _, err := r.Wait(r.ctx, console.In); err != nil {
+			return 0, err
+		}
+		n, err := r.TryRead(b)
+		if err != io.EOF && err != console.ErrWouldBlock {
+			return n, err
+		}
+		changed := r.Changes()
+		if r.PeerOpen() || r.Unread() > 0 {
+			continue
+		}
+		select {
+		case <-changed:
+		case <-r.ctx.Done():
+			return 0, r.ctx.Err()
+		}
 	}
 }
 
@@ -244,6 +278,7 @@ func atEnd(t *testing.T, r io.Reader) {
 
 // A program opens the port, both talk, and its leaving closes the port.
 func TestSocket(t *testing.T) {
+	t.Parallel()
 	b := newBoth(t, console.Config{}, Config{}, log)
 	far := b.far("log")
 	for range 3 {
@@ -259,6 +294,7 @@ func TestSocket(t *testing.T) {
 
 // What was written comes before the end of file, in both directions.
 func TestSocketEnds(t *testing.T) {
+	t.Parallel()
 	b := newBoth(t, console.Config{}, Config{}, log)
 	big := string(bytes.Repeat([]byte("0123456789abcdef"), 64<<10))
 	far := b.far("log")
@@ -272,7 +308,7 @@ func TestSocketEnds(t *testing.T) {
 		t.Error(n, err)
 	}
 	c = b.s.dial("log")
-	write(t, c, "nobody reads this")
+	b.stuffConn(c, stream(4<<20)) // which nobody reads
 	go func() {
 		far.WaitOpen(b.ctx)
 		far.WriteAll(b.ctx, []byte(big))
@@ -282,8 +318,22 @@ func TestSocketEnds(t *testing.T) {
 	atEnd(t, c)
 }
 
+// What a program said is not lost when it leaves without having read.
+func TestSocketLastWords(t *testing.T) {
+	t.Parallel()
+	b := newBoth(t, console.Config{Limit: 1 << 10}, Config{}, log)
+	far := b.far("log")
+	c := b.s.dial("log")
+	data := stream(4 << 20)
+	b.stuff(far, data) // the program's own socket is full, too
+	n := b.stuffConn(c, data)
+	c.Close()
+	b.hear(far, string(data[:n]))
+}
+
 // A program that has nothing more to say can listen.
 func TestSocketHalfClosed(t *testing.T) {
+	t.Parallel()
 	b := newBoth(t, console.Config{}, Config{}, log)
 	far := b.far("log")
 	c := b.s.dial("log")
@@ -301,6 +351,7 @@ func TestSocketHalfClosed(t *testing.T) {
 
 // One program at a time, but a second one right behind the first is no second.
 func TestSocketOneAtATime(t *testing.T) {
+	t.Parallel()
 	b := newBoth(t, console.Config{}, Config{}, log)
 	far := b.far("log")
 	c := b.s.dial("log")
@@ -327,6 +378,7 @@ func TestSocketOneAtATime(t *testing.T) {
 
 // A program that leaves before the other side came leaves nothing.
 func TestSocketLeavesEarly(t *testing.T) {
+	t.Parallel()
 	b := newBoth(t, console.Config{}, Config{}, log)
 	c := b.s.dial("log")
 	b.s.wait("log", hereOpen)
@@ -370,8 +422,27 @@ func (b *both) stuff(p *console.Port, s []byte) (n int) {
 	return 0
 }
 
+// stuffConn is stuff of a program.
+func (b *both) stuffConn(c *net.UnixConn, s []byte) (n int) {
+	b.t.Helper()
+	for n < len(s) {
+		c.SetWriteDeadline(time.Now().Add(300 * time.Millisecond))
+		m, err := c.Write(s[n:])
+		n += m
+		if m == 0 {
+			return n
+		}
+		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+			b.t.Fatal(n, err)
+		}
+	}
+	b.t.Fatalf("%d bytes, and nothing throttles the program", n)
+	return 0
+}
+
 // The slower side sets the pace, and nothing is in between without a bound.
 func TestFlowControl(t *testing.T) {
+	t.Parallel()
 	b := newBoth(t, console.Config{Limit: 1 << 10}, Config{}, log)
 	far := b.far("log")
 	c := b.s.dial("log")
@@ -383,18 +454,7 @@ func TestFlowControl(t *testing.T) {
 		t.Fatal("not what was sent", err)
 	}
 	// And back.
-	n = 0
-	for {
-		c.SetWriteDeadline(time.Now().Add(300 * time.Millisecond))
-		m, err := c.Write(data[n:])
-		n += m
-		if m == 0 {
-			break
-		}
-		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) || n == len(data) {
-			t.Fatal(n, err)
-		}
-	}
+	n = b.stuffConn(c, data)
 	got = make([]byte, n)
 	if _, err := io.ReadFull(far, got); err != nil || !bytes.Equal(got, data[:n]) {
 		t.Fatal("not what was sent", err)
@@ -404,6 +464,7 @@ func TestFlowControl(t *testing.T) {
 // With cache, what a program did not take is for the next one, except what its
 // socket held; without, it is dropped.
 func TestSocketCache(t *testing.T) {
+	t.Parallel()
 	for _, cache := range []bool{false, true} {
 		b := newBoth(t, console.Config{}, Config{Others: Settings{Cache: cache}}, log)
 		far := b.far("log")
@@ -446,6 +507,7 @@ func queued(t *testing.T, c *net.UnixConn) (n int) {
 // A port that is removed takes its file and its program along; one that is
 // added gets a file.
 func TestAddRemoveRename(t *testing.T) {
+	t.Parallel()
 	b := newBoth(t, console.Config{}, Config{}, log)
 	path, err := b.s.Add(b.ctx, console.PortConfig{Name: "a/b"}, &Settings{Form: PTY, Cache: true, Limit: 7})
 	if want := b.s.path("a%2Fb"); err != nil || path != want {
@@ -501,6 +563,7 @@ func TestAddRemoveRename(t *testing.T) {
 
 // What a wire cannot do is said, and everything stays as it was.
 func TestManageOtherWires(t *testing.T) {
+	t.Parallel()
 	for _, w := range []console.Wire{console.Single, console.Original} {
 		b := newBoth(t, console.Config{Wire: w}, Config{}, console.PortConfig{Name: "con", Console: true})
 		b.s.wait("con", there)
@@ -536,10 +599,11 @@ func (noConsole) Changes() <-chan struct{} { return nil }
 
 // The driver's side finds the ports, also when they come later.
 func TestDriverSide(t *testing.T) {
+	t.Parallel()
 	b := newBoth(t, console.Config{}, Config{}, log, console.PortConfig{}, console.PortConfig{Name: "port-2"})
-	d := serve(t, b.driver, Config{Settings: map[string]Settings{"late": {Form: PTY}}})
+	d := serve(t, b.driver, Config{Settings: map[string]Settings{"late": {Form: PTY}, "port-2": {Cache: true, Form: PTY}}})
 	d.wait("log", there)
-	d.wait("port-2", func(s Status) bool { return s.Name == "" })
+	d.wait("port-2", func(s Status) bool { return s.Name == "" && s.Form == PTY })
 	d.wait("%70ort-2", there)
 	if _, err := b.s.Add(b.ctx, console.PortConfig{Name: "late", Console: true}, nil); err != nil {
 		t.Fatal(err)
@@ -565,6 +629,7 @@ func TestDriverSide(t *testing.T) {
 // service's stays. One service at a time has a directory, and nothing is left
 // of it.
 func TestDirectory(t *testing.T) {
+	t.Parallel()
 	dir := filepath.Join(tempDir(t), "run", "ports")
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		t.Fatal(err)
@@ -579,11 +644,16 @@ func TestDirectory(t *testing.T) {
 	}
 	os.Symlink("/dev/pts/99999", filepath.Join(dir, "tty"))
 	os.Symlink("elsewhere", filepath.Join(dir, "link"))
-	os.WriteFile(filepath.Join(dir, "file"), nil, 0o600)
-	b := newBoth(t, console.Config{}, Config{Dir: dir}, log, console.PortConfig{Name: "file"}, console.PortConfig{Name: "link"})
+	for _, name := range []string{"file", "file2"} {
+		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b := newBoth(t, console.Config{MaxPorts: 8}, Config{Dir: dir, Settings: map[string]Settings{"file2": {Form: PTY}}},
+		log, console.PortConfig{Name: "file"}, console.PortConfig{Name: "file2"}, console.PortConfig{Name: "link"})
 	b.s.wait("log", there)
 	b.s.dial("log").Close()
-	for _, name := range []string{"file", "link"} {
+	for _, name := range []string{"file", "link", "file2"} {
 		b.s.wait(name, func(s Status) bool { return s.Error != "" })
 	}
 	if _, err := New(Config{Dir: dir}); !errors.Is(err, ivshmem.ErrBusy) {
@@ -598,12 +668,13 @@ func TestDirectory(t *testing.T) {
 	for _, e := range all {
 		names = append(names, e.Name())
 	}
-	if want := []string{"file", "link"}; !slices.Equal(names, want) {
+	if want := []string{"file", "file2", "link"}; !slices.Equal(names, want) {
 		t.Errorf("left %q, want %q", names, want)
 	}
 }
 
 func TestDirectoryComesAndGoes(t *testing.T) {
+	t.Parallel()
 	top := tempDir(t)
 	b := newBoth(t, console.Config{}, Config{Dir: filepath.Join(top, "ivshmem", "ports")}, log, console.PortConfig{Name: "tty"})
 	b.s.wait("log", there)
@@ -614,6 +685,7 @@ func TestDirectoryComesAndGoes(t *testing.T) {
 }
 
 func TestDirectoryRefused(t *testing.T) {
+	t.Parallel()
 	open := tempDir(t)
 	os.Chmod(open, 0o777)
 	file := filepath.Join(tempDir(t), "file")

@@ -116,6 +116,9 @@ func (d *Door) serve(ctx context.Context, t *terminal) error {
 // where that is possible, and else back.
 func (d *Door) follow(ctx context.Context, t *terminal) {
 	var size console.Size
+	if d.Resize != nil && !d.Port.Console() {
+		return
+	}
 	for {
 		changed := d.Port.Changes()
 		if d.Resize == nil {

@@ -5,7 +5,6 @@ import (
 	"io"
 	"os"
 	"os/exec"
-	"os/signal"
 	"syscall"
 	"testing"
 	"time"
@@ -48,6 +47,7 @@ func (b *both) eventually(what string, f func() bool) {
 
 // A terminal passes all bytes as they are, and its last closing closes the port.
 func TestPTY(t *testing.T) {
+	t.Parallel()
 	b := newBoth(t, console.Config{}, asPTYs, log)
 	far := b.far("log")
 	raw := "\x00\x03\x04\x11\x13\x1a\r\n\xff\x7f"
@@ -74,6 +74,7 @@ func TestPTY(t *testing.T) {
 // The other side's closing hangs up, behind what was sent; there is another
 // terminal then.
 func TestPTYHangUp(t *testing.T) {
+	t.Parallel()
 	b := newBoth(t, console.Config{}, asPTYs, log)
 	far := b.far("log")
 	f := b.s.tty("log")
@@ -103,6 +104,7 @@ func TestPTYHangUp(t *testing.T) {
 
 // Without carrier detection there is no hang-up.
 func TestPTYLocal(t *testing.T) {
+	t.Parallel()
 	b := newBoth(t, console.Config{}, asPTYs, log)
 	far := b.far("log")
 	f := b.s.tty("log")
@@ -132,6 +134,7 @@ func TestPTYLocal(t *testing.T) {
 
 // What no program read is dropped, or kept.
 func TestPTYCache(t *testing.T) {
+	t.Parallel()
 	for _, cache := range []bool{false, true} {
 		b := newBoth(t, console.Config{}, Config{Others: Settings{Form: PTY, Cache: cache}}, log)
 		far := b.far("log")
@@ -166,6 +169,7 @@ func TestPTYCache(t *testing.T) {
 // A window's size goes from a terminal of the device's side to one of the
 // driver's, where programs get SIGWINCH.
 func TestPTYResize(t *testing.T) {
+	t.Parallel()
 	b := newBoth(t, console.Config{}, asPTYs, con)
 	d := serve(t, b.driver, asPTYs)
 	near := b.s.tty("con")
@@ -205,11 +209,10 @@ func TestPTYResize(t *testing.T) {
 
 // The end of the service hangs up: a program does not wait for ever.
 func TestPTYServiceEnds(t *testing.T) {
+	t.Parallel()
 	b := newBoth(t, console.Config{}, asPTYs, log)
 	f := b.s.tty("log")
 	b.s.wait("log", hereOpen)
-	signal.Ignore(syscall.SIGHUP)
-	defer signal.Reset(syscall.SIGHUP)
 	b.s.stop()
 	if n, err := f.Read(make([]byte, 1)); n != 0 || err == nil {
 		t.Error(n, err)

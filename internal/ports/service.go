@@ -55,7 +55,8 @@ type Settings struct {
 // Config is how a service is.
 type Config struct {
 	Dir string
-	// Settings are those of ports by their names, and Others those of the rest.
+	// Settings are those of ports by their names, which is port-N for a port N that
+	// has none, and Others those of the rest.
 	Settings map[string]Settings
 	Others   Settings
 	// Ready and Gone are told the path of a port that can be opened, and that
@@ -202,7 +203,7 @@ func (s *Service) show(ctx context.Context, p *console.Port) (wait time.Duration
 	}
 	_, maker := s.console.(Maker)
 	file := s.free(name, e)
-	set := s.settingsOf(name)
+	set := s.settingsOf(p)
 	s.mu.Unlock()
 	switch {
 	case e.file == file:
@@ -230,8 +231,12 @@ func (s *Service) show(ctx context.Context, p *console.Port) (wait time.Duration
 	return 0
 }
 
-// settingsOf are the settings of a port with a name. The caller holds mu.
-func (s *Service) settingsOf(name string) Settings {
+// settingsOf are the settings of a port. The caller holds mu.
+func (s *Service) settingsOf(p *console.Port) Settings {
+	name := p.Name()
+	if name == "" {
+		name = File("", p.ID())
+	}
 	set, ok := s.settings[name]
 	if !ok {
 		set = s.config.Others
