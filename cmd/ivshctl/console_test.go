@@ -208,6 +208,14 @@ func (l *consoleLink) say(p *console.Port, s string) {
 	}
 }
 
+// prompt waits until the program has heard that the port is open: keys before
+// that are for nobody.
+func (l *consoleLink) prompt(x *terminal, p *console.Port) {
+	l.Helper()
+	l.say(p, "login: ")
+	x.until("the prompt", func() bool { return x.shows("login: ") })
+}
+
 func (l *consoleLink) hear(p *console.Port, want string) {
 	l.Helper()
 	if err := p.WaitOpen(l.ctx); err != nil {
@@ -254,8 +262,7 @@ func TestConsoleLeaves(t *testing.T) {
 			d, con, _, stop := l.device()
 			x := inTerminal(t, "console", "-d", l.path)
 			x.raw()
-			l.say(con, "login: ")
-			x.until("the prompt", func() bool { return x.shows("login: ") })
+			l.prompt(x, con)
 			c.do(x, l, d, con, stop)
 			x.ended(c.code)
 		})
@@ -281,6 +288,7 @@ func TestConsoleKeys(t *testing.T) {
 	x := inTerminal(t, "console", "-d", l.path)
 	x.raw()
 	x.until("the key", func() bool { return x.shows(": ^] leaves") })
+	l.prompt(x, con)
 	x.keys(all)
 	l.hear(con, all)
 	x.keys("last")
@@ -294,12 +302,14 @@ func TestConsoleKeys(t *testing.T) {
 	// Another key, and another port.
 	x = inTerminal(t, "console", "-d", l.path, "--escape", "^A", "log")
 	x.raw()
+	l.prompt(x, log)
 	x.keys("\x1d")
 	l.hear(log, "\x1d")
 	x.keys("\x01")
 	x.ended(0)
 	x = inTerminal(t, "console", "-d", l.path, "--escape", "none", "log")
 	x.raw()
+	l.prompt(x, log)
 	x.keys("\x01\x1d")
 	l.hear(log, "\x01\x1d")
 	x.cmd.Process.Signal(unix.SIGTERM)
