@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -111,6 +112,19 @@ func systemCall(fd *int, call, argument string) (any, error) {
 		for {
 			if _, err := unix.Write(*fd, make([]byte, 4096)); err != nil {
 				return nil, err
+			}
+		}
+	case "skip": // reads past what fill wrote
+		for b := make([]byte, 64<<10); ; {
+			n, err := unix.Read(*fd, b)
+			if err == unix.EINTR {
+				continue
+			}
+			if err != nil || n == 0 {
+				return nil, errors.Join(err, io.ErrUnexpectedEOF)
+			}
+			if rest := bytes.TrimLeft(b[:n], "\x00"); len(rest) > 0 {
+				return fmt.Sprintf("%q", rest), nil
 			}
 		}
 	case "poll": // waits for some of the events; 0: does not wait
