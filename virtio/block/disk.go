@@ -119,7 +119,8 @@ func (d *Disk) memory() error {
 		d.most = most
 	}
 	need := 1
-	if !d.d.Features().Has(virtio.IndirectDesc) {
+	// The table of a buffer has room for segments of a page or more.
+	if !d.d.Features().Has(virtio.IndirectDesc) || d.part < pageSize {
 		need = 2 + (d.most+d.part-1)/d.part
 	}
 	most := max(1, min(depth, d.q.Size()/need))
