@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
@@ -52,16 +53,35 @@ func TestScripts(t *testing.T) {
 	})
 }
 
-// awaitFile waits until a path exists: `await FILE`.
+// awaitFile waits until a path exists, and if it is a Unix socket, until
+// somebody listens: `await FILE`.
 func awaitFile(ts *testscript.TestScript, neg bool, args []string) {
 	if len(args) != 1 || neg {
 		ts.Fatalf("usage: await FILE")
 	}
+	path := ts.MkAbs(args[0])
 	for {
-		if _, err := os.Stat(ts.MkAbs(args[0])); err == nil {
+		info, err := os.Stat(path)
+		if err == nil && (info.Mode().Type() != os.ModeSocket || listening(ts, path)) {
 			return
 		}
 	}
+}
+
+// listening reports whether a socket bound to an absolute path takes
+// connections, without connecting: the program would take it for a client.
+func listening(ts *testscript.TestScript, path string) bool {
+	b, err := os.ReadFile("/proc/net/unix")
+	ts.Check(err)
+	for line := range strings.Lines(string(b)) {
+		// Address, references, protocol, flags, type, state, inode, path. The
+		// flag is __SO_ACCEPTCON.
+		f := strings.Fields(line)
+		if len(f) == 8 && f[7] == path && f[3] == "00010000" {
+			return true
+		}
+	}
+	return false
 }
 
 func TestPermute(t *testing.T) {

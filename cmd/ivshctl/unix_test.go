@@ -5,9 +5,10 @@ import (
 	"io"
 	"net"
 	"os"
+	"path/filepath"
 )
 
-// unixEcho answers on Unix sockets with the socket's name and what it read:
+// unixEcho answers on Unix sockets with the last part of the path and what it read:
 // `unix-echo PATH…`.
 func unixEcho() {
 	for _, path := range os.Args[1:] {
@@ -23,7 +24,7 @@ func unixEcho() {
 					return
 				}
 				b, _ := io.ReadAll(c)
-				fmt.Fprintf(c, "%s: %s", path, b)
+				fmt.Fprintf(c, "%s: %s", filepath.Base(path), b)
 				c.Close()
 			}
 		}()
