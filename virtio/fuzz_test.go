@@ -111,7 +111,7 @@ func recovers(t *testing.T, l *linux, s served, features uint64) {
 	})
 	put32(l.m, 0x18, 0x600d)
 	l.register(regs.State, 0)
-	until(t, "the back-end is ready for the next driver", func() bool { return l.ready() && get32(l.m, 0x18) == 0 })
+	until(t, "the back-end is ready for the next driver", func() bool { return get32(l.m, 0x18) == 0 && l.ready() })
 	l.register(regs.State, 1)
 	l.works(features)
 	if err := s.stop(); err != nil {

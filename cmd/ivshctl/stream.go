@@ -115,16 +115,23 @@ func streamAddr(command, s string) (stream.Addr, error) {
 	return a, nil
 }
 
-// dialStream dials until there is a peer that listens.
+// dialStream dials until there is a peer that listens. When the time is up the
+// error says, too, why there was none.
 func dialStream(ctx context.Context, ep *stream.Endpoint, to stream.Addr) (*stream.Conn, error) {
+	var last error
 	for {
 		conn, err := ep.Dial(ctx, to.Peer, to.Port)
-		if !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, syscall.EHOSTUNREACH) && !errors.Is(err, syscall.ECONNRESET) {
+		switch {
+		case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ECONNRESET):
+			last = err
+		case err != nil && ctx.Err() != nil && last != nil: // in the middle of another try
+			return nil, errors.Join(context.Cause(ctx), last)
+		default:
 			return conn, err
 		}
 		select {
 		case <-ctx.Done():
-			return nil, errors.Join(context.Cause(ctx), err)
+			return nil, errors.Join(context.Cause(ctx), last)
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
