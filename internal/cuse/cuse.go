@@ -48,12 +48,15 @@ type Config struct {
 	// Ready, unless it is nil, is called when the node is there. Nobody is
 	// answered before it returns.
 	Ready func()
+	// Gone, unless it is nil, is called when the port was removed and with it the
+	// node. A program may still have the file open.
+	Gone func()
 }
 
 // Serve makes the node and serves it until ctx ends, or the port is removed and
 // the file closed; it then returns nil. A name that is taken is an error that
 // wraps [fs.ErrExist]. A removed port's name is taken as long as somebody keeps
-// its file open; who needs it ends ctx.
+// its file open.
 func Serve(ctx context.Context, c Config) error {
 	if err := checkName(c.Name); err != nil {
 		return err
@@ -76,6 +79,9 @@ func Serve(ctx context.Context, c Config) error {
 	}
 	defer kernel.Close()
 	d := newDevice(kernel, c.Port, node)
+	if c.Gone != nil {
+		d.gone = c.Gone
+	}
 	if err := d.init(c.Name); err != nil {
 		return err
 	}

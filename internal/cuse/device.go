@@ -29,6 +29,7 @@ type device struct {
 	kernel *os.File
 	port   *console.Port
 	node   string
+	gone   func() // the node was taken away
 
 	mu sync.Mutex
 	// Below: with mu held.
@@ -52,7 +53,7 @@ type request struct {
 }
 
 func newDevice(kernel *os.File, port *console.Port, node string) *device {
-	return &device{kernel: kernel, port: port, node: node, answer: make([]byte, outHeaderSize+maxTransfer)}
+	return &device{kernel: kernel, port: port, node: node, gone: func() {}, answer: make([]byte, outHeaderSize+maxTransfer)}
 }
 
 // init answers the kernel's first message.
@@ -151,6 +152,7 @@ func (d *device) look() error {
 		if err := os.Remove(d.node); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return err
 		}
+		d.gone()
 	}
 	if err := d.advance(); err != nil {
 		return err

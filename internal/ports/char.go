@@ -2,33 +2,50 @@ package ports
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 
 	"github.com/ivshmem-go/ivshmem/internal/cuse"
 )
 
+// maxTwins is how many devices may have the same name but for a number behind it.
+const maxTwins = 100
+
 // Char makes a character device, and Path a link to it, until the context ends,
-// or the port is gone.
+// or the port is gone and the device closed.
 func (d *Door) Char(ctx context.Context) error {
-	linked := false
-	defer func() {
-		if linked {
-			os.Remove(d.Path)
-		}
-	}()
-	name := nodeName(filepath.Base(d.Path), d.Port.ID())
+	unlink := func() {}
+	defer func() { unlink() }()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	err := cuse.Serve(ctx, cuse.Config{Name: name, Port: d.Port, Ready: func() {
-		err := d.link("/dev/" + name)
-		linked = err == nil
-		if err != nil {
+	name := nodeName(filepath.Base(d.Path), d.Port.ID())
+	try := name
+	ready := func() {
+		if err := d.link("/dev/" + try); err != nil {
 			cancel(err)
+			return
 		}
-	}})
+		unlink = sync.OnceFunc(func() { os.Remove(d.Path) })
+	}
+	gone := func() {
+		unlink()
+		if d.Gone != nil {
+			d.Gone()
+		}
+	}
+	err := fs.ErrExist
+	// Another directory may have such a port, or a program one that was removed.
+	for twin := 2; errors.Is(err, fs.ErrExist) && twin <= maxTwins; twin++ {
+		err = cuse.Serve(ctx, cuse.Config{Name: try, Port: d.Port, Ready: ready, Gone: gone})
+		if errors.Is(err, fs.ErrExist) {
+			try = fmt.Sprintf("%s-%d", name, twin)
+		}
+	}
 	if err == nil {
 		err = context.Cause(ctx)
 	}

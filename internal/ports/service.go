@@ -90,6 +90,7 @@ type Service struct {
 	dir    *directory
 	abs    string        // the directory, from everywhere
 	poke   chan struct{} // a program left
+	runs   sync.WaitGroup
 
 	mu sync.Mutex
 	// Below: with mu held.
@@ -106,9 +107,9 @@ type entry struct {
 	since    time.Time // it is known
 	file     string    // empty: not yet
 	cancel   context.CancelFunc
-	done     chan struct{}
-	ready    bool  // it can be opened
-	err      error // why it cannot
+	done     chan struct{} // nobody can open it any more
+	ready    bool          // it can be opened
+	err      error         // why it cannot
 }
 
 // New takes a directory. It fails where another service has it.
@@ -161,6 +162,7 @@ func (s *Service) Run(ctx context.Context) {
 		}
 	}
 	s.follow(ctx, nil)
+	s.runs.Wait()
 	s.mu.Lock()
 	s.console = nil
 	s.mu.Unlock()
@@ -183,7 +185,11 @@ func (s *Service) follow(ctx context.Context, all []*console.Port) (again time.D
 	}
 	s.mu.Unlock()
 	for _, e := range gone {
-		s.end(e)
+		if e.settings.Form != Char {
+			s.end(e)
+		} else if e.done != nil {
+			<-e.done // who has it open is told by the device
+		}
 	}
 	for _, p := range all {
 		again = max(again, s.show(ctx, p))
@@ -217,7 +223,9 @@ func (s *Service) show(ctx context.Context, p *console.Port) (wait time.Duration
 			return wait
 		}
 	}
-	p.SetCache(set.Cache)
+	if set.Cache != e.settings.Cache { // else the other side's word holds
+		p.SetCache(set.Cache)
+	}
 	if set.Limit != 0 {
 		if err := p.SetLimit(set.Limit); err != nil {
 			s.config.Failed(err)
@@ -227,7 +235,7 @@ func (s *Service) show(ctx context.Context, p *console.Port) (wait time.Duration
 	s.mu.Lock()
 	e.file, e.settings, e.cancel, e.done = file, set, cancel, make(chan struct{})
 	s.mu.Unlock()
-	go s.run(ctx, e)
+	s.runs.Go(func() { s.run(ctx, e) })
 	return 0
 }
 
@@ -264,8 +272,20 @@ func (s *Service) path(e *entry) string { return filepath.Join(s.abs, e.file) }
 
 // run serves the programs of a port.
 func (s *Service) run(ctx context.Context, e *entry) {
-	defer close(e.done)
-	path := s.path(e)
+	path, done := s.path(e), e.done
+	// gone takes note that nobody can open it any more.
+	gone := sync.OnceFunc(func() {
+		s.mu.Lock()
+		was := e.ready
+		e.ready = false
+		s.mu.Unlock()
+		if was {
+			s.config.Gone(path)
+		}
+		close(done)
+		s.change()
+	})
+	defer gone()
 	failed := func(err error) { s.config.Failed(fmt.Errorf("port %s: %w", e.file, err)) }
 	d := &Door{
 		// A relative path may be the one that is short enough for a socket.
@@ -280,6 +300,7 @@ func (s *Service) run(ctx context.Context, e *entry) {
 				s.change()
 			}
 		},
+		Gone: gone,
 		Left: func() {
 			select {
 			case s.poke <- struct{}{}:
@@ -303,21 +324,13 @@ func (s *Service) run(ctx context.Context, e *entry) {
 	default:
 		err = fmt.Errorf("form %q: expected socket, pty or char", e.settings.Form)
 	}
-	gone := ctx.Err() != nil || s.isGone(e.port)
+	if ctx.Err() != nil || s.isGone(e.port) {
+		return
+	}
 	s.mu.Lock()
-	was := e.ready
-	e.ready = false
-	if !gone {
-		e.err = err
-	}
+	e.err = err
 	s.mu.Unlock()
-	if was {
-		s.config.Gone(path)
-	}
-	if !gone {
-		failed(err)
-	}
-	s.change()
+	failed(err)
 }
 
 // isGone reports whether a port was removed.

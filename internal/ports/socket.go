@@ -20,6 +20,9 @@ type Door struct {
 	Resize func(*console.Port, console.Size) error
 	// Ready is told when the port can be opened, and where.
 	Ready func(path string)
+	// Gone is told when a device cannot be opened any more, as the port is gone,
+	// although a program may have it open. nil: nobody.
+	Gone func()
 	// Left is told when a program has left.
 	Left func()
 	// Failed is told what one program met. nil: nobody.
