@@ -71,20 +71,28 @@ func charServe(ctx context.Context, args []string) (any, error) {
 func charDrive(_ context.Context, args []string) (any, error) {
 	signal.Notify(make(chan os.Signal, 1), unix.SIGINT)
 	fd := -1
+	return nil, answerCalls(func(line string) (any, error) {
+		call, argument, _ := strings.Cut(line, " ")
+		return systemCall(&fd, call, argument)
+	})
+}
+
+// answerCalls makes the calls that standard input tells, a line for each, and
+// prints what they return, or the name of the error number.
+func answerCalls(call func(line string) (any, error)) error {
 	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
-		call, argument, _ := strings.Cut(lines.Text(), " ")
-		result, err := systemCall(&fd, call, argument)
+		result, err := call(lines.Text())
 		var number unix.Errno
 		switch {
 		case errors.As(err, &number):
 			fmt.Println(unix.ErrnoName(number))
 		case err != nil:
-			return nil, err
+			return err
 		default:
 			fmt.Println(result)
 		}
 	}
-	return nil, nil
+	return nil
 }
 
 func systemCall(fd *int, call, argument string) (any, error) {

@@ -153,19 +153,7 @@ func portSide(ctx context.Context, args []string) (any, error) {
 		defer s.driver.Close()
 	}
 	fmt.Println("ready")
-	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
-		result, err := s.call(strings.Fields(lines.Text()))
-		var number unix.Errno
-		switch {
-		case errors.As(err, &number):
-			fmt.Println(unix.ErrnoName(number))
-		case err != nil:
-			return nil, err
-		default:
-			fmt.Println(result)
-		}
-	}
-	return nil, nil
+	return nil, answerCalls(s.call)
 }
 
 // side is the device's side or the driver's.
@@ -185,7 +173,8 @@ func (s *side) port(ctx context.Context, name string) (*console.Port, error) {
 	return s.driver.WaitPort(ctx, name)
 }
 
-func (s *side) call(words []string) (any, error) {
+func (s *side) call(line string) (any, error) {
+	words := strings.Fields(line)
 	if len(words) == 2 && words[0] == "emergency" && s.driver != nil {
 		return "sent", s.driver.EmergencyWrite(s.ctx, words[1][0])
 	}

@@ -97,7 +97,7 @@ func (p *portPair) hotPlug() {
 	p.hello()
 	p.sh(0, "ivshctl ports remove "+name+" --dir "+portsDir)
 	for _, k := range []*talker{p.dev, p.drv} {
-		k.until("read 1", "ENOTCONN")
+		k.until("read 1", "ENODEV")
 		k.calls("close", "close")
 		k.until("open "+p.file(k.guest, name), "ENOENT")
 	}

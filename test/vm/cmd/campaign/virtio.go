@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -23,17 +24,6 @@ type virtioRow struct {
 // virtioProcesses binds and removes a model of Linux's drivers to every type of
 // device, and kills both: the test of package virtio, for longer.
 func virtioProcesses(ctx context.Context, r *Report) error {
-	dir, err := os.MkdirTemp("", "ivshmem-campaign-")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(dir)
-	program := filepath.Join(dir, "virtio.test")
-	build := exec.CommandContext(ctx, "go", "test", "-c", "-o", program, "./virtio")
-	build.Dir = os.Getenv("IVSHMEM_SOURCE")
-	if out, err := build.CombinedOutput(); err != nil {
-		return fmt.Errorf("build the tests: %w\n%s", err, out)
-	}
 	removals, killed := 2, 6
 	if !r.Quick {
 		removals = int(max(2, 1000*r.Duration/(10*time.Minute)))
@@ -44,12 +34,9 @@ func virtioProcesses(ctx context.Context, r *Report) error {
 	if r.Sabotage {
 		tests += "/^entropy" // what does not give random bytes then
 	}
-	cmd := exec.CommandContext(ctx, program, "-test.run", tests, "-test.timeout", "0")
-	cmd.Dir = filepath.Join(build.Dir, "virtio")
-	cmd.Env = append(os.Environ(), fmt.Sprintf("IVSHMEM_VIRTIO_PROCESSES=%d %d %d %v", removals, killed, r.Seed, r.Sabotage))
-	out, err := cmd.CombinedOutput()
-	if ctx.Err() != nil {
-		return ctx.Err()
+	out, err := packageTests(ctx, "virtio", fmt.Sprintf("IVSHMEM_VIRTIO_PROCESSES=%d %d %d %v", removals, killed, r.Seed, r.Sabotage), "-test.run", tests)
+	if err != nil && !errors.As(err, new(*exec.ExitError)) {
+		return err
 	}
 	table := Table{
 		Title: "Linux's drivers, as the protocol pages have them, in processes: probed, used, removed; then killed at any step, or their device is",
@@ -84,4 +71,28 @@ func virtioProcesses(ctx context.Context, r *Report) error {
 	r.atLeast("drivers killed", float64(sum.guests), float64(killed))
 	r.atLeast("devices killed", float64(sum.devices), float64(killed))
 	return nil
+}
+
+// packageTests builds the tests of a package of the toolkit and runs some of them
+// with a variable of the environment. That they failed is an [exec.ExitError].
+func packageTests(ctx context.Context, pkg, variable string, args ...string) ([]byte, error) {
+	dir, err := os.MkdirTemp("", "ivshmem-campaign-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	program := filepath.Join(dir, "tests")
+	build := exec.CommandContext(ctx, "go", "test", "-c", "-o", program, "./"+pkg)
+	build.Dir = os.Getenv("IVSHMEM_SOURCE")
+	if out, err := build.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("build the tests of %s: %v\n%s", pkg, err, out)
+	}
+	cmd := exec.CommandContext(ctx, program, append([]string{"-test.timeout", "0"}, args...)...)
+	cmd.Dir = filepath.Join(build.Dir, pkg)
+	cmd.Env = append(os.Environ(), variable)
+	out, err := cmd.CombinedOutput()
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
+	return out, err
 }

@@ -5,10 +5,9 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
-	"os"
 	"os/exec"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -40,18 +39,6 @@ type modelsRow struct {
 // ethernetModels has virtual Ethernet talk to models of the drivers of Linux and
 // Zephyr: the tests of package vnet, for longer.
 func ethernetModels(ctx context.Context, r *Report) error {
-	dir, err := os.MkdirTemp("", "ivshmem-campaign-")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(dir)
-	program := filepath.Join(dir, "vnet.test")
-	build := exec.CommandContext(ctx, "go", "test", "-c", "-o", program, "./vnet")
-	build.Dir = os.Getenv("IVSHMEM_SOURCE")
-	if out, err := build.CombinedOutput(); err != nil {
-		return fmt.Errorf("build the tests: %w\n%s", err, out)
-	}
-
 	duration, frames, common, events, random, tests := r.Duration, 2000, 50_000, 2, 30, "^TestModel"
 	if !r.Quick {
 		frames = int(max(2000, min(50_000, 50_000*r.Duration/(10*time.Minute))))
@@ -68,12 +55,10 @@ func ethernetModels(ctx context.Context, r *Report) error {
 	r.Config["longest_of_all_sequences"], r.Config["random_sequences"] = events, random
 
 	// All tests that last for the duration do so at the same time.
-	cmd := exec.CommandContext(ctx, program, "-test.run", tests, "-test.timeout", "0", "-test.parallel", "16")
-	cmd.Dir = filepath.Join(build.Dir, "vnet")
-	cmd.Env = append(os.Environ(), fmt.Sprintf("IVSHMEM_VNET_MODELS=%v %d %d %d %d %d %v", duration, frames, common, events, random, r.Seed, r.Sabotage))
-	out, err := cmd.CombinedOutput()
-	if ctx.Err() != nil {
-		return ctx.Err()
+	out, err := packageTests(ctx, "vnet", fmt.Sprintf("IVSHMEM_VNET_MODELS=%v %d %d %d %d %d %v", duration, frames, common, events, random, r.Seed, r.Sabotage),
+		"-test.run", tests, "-test.parallel", "16")
+	if err != nil && !errors.As(err, new(*exec.ExitError)) {
+		return err
 	}
 	rows, rest, parsed := modelsRows(out)
 	if parsed != nil {
