@@ -211,7 +211,7 @@ func truncated(p []byte, n int) bool {
 
 // discard drops what the interface has.
 func (t *Interface) discard() error {
-	var p [1]byte // the rest of a frame is dropped
+	var p [packetLen]byte // room for the header at least; the rest of a frame is dropped
 	for {
 		switch _, err := unix.Read(t.fd, p[:]); err {
 		case nil:

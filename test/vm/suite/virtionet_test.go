@@ -10,6 +10,7 @@ import (
 	"github.com/ivshmem-go/ivshmem"
 	"github.com/ivshmem-go/ivshmem/test/vm"
 	"github.com/ivshmem-go/ivshmem/virtio"
+	"github.com/ivshmem-go/ivshmem/vnet"
 )
 
 // netDriver is a driver of a network card, as bytes of the virtio
@@ -134,16 +135,64 @@ func TestVirtioNet(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer dev.Close()
-	for range 2 { // one driver after the other
+	for i := range 2 { // one driver after the other
 		n := openCard(t, dev)
 		n.exchange(g)
+		if i == 0 { // more than it has buffers
+			run(t, g, 0, "sh", "-c", sendMany)
+		}
 		if err := n.d.Close(); err != nil {
 			t.Fatal(err)
 		}
-		run(t, g, 0, "sh", "-c", "until grep -q 0 /sys/class/net/ivsh0/carrier; do sleep 0.1; done")
+		carrier(t, g, "0")
+	}
+	if out := run(t, g, 0, "ivshctl", "net", "status"); !strings.Contains(out, "without carrier") {
+		t.Error(out)
 	}
 	run(t, g, 0, "ivshctl", "net", "down")
 	up.end(0)
+}
+
+// sendMany has the interface send about 100 frames for everybody, and nobody answers.
+const sendMany = "for i in $(seq 100); do ping -c 1 -W 1 -s 1400 10.0.0.255 >/dev/null & done; wait"
+
+// TestNetLeft has a peer of virtual Ethernet leave that does not take what the
+// interface has to send.
+func TestNetLeft(t *testing.T) {
+	s := serve(t, "--protocol", "1", "--peers", "2", "--vectors", "2", "--rw", "0", "--output", "64K", "--socket-per-peer")
+	g := guests(t, s, vm.Config{Driver: "vfio-pci", Modules: []string{"tun"}, Devices: []vm.Device{{Socket: s.Socket + ".0"}}})[0]
+	up := start(t, g, "ivshctl", "net", "up", "--name", "ivsh0", "--address", "10.0.0.1/24", "--mtu", "1500")
+	if l := up.line(); l != "ready ivsh0" {
+		t.Fatal(l)
+	}
+	dev, err := ivshmem.Open(s.Socket + ".1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dev.Close()
+	for range 2 {
+		link, err := vnet.Open(dev, vnet.Config{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		carrier(t, g, "1")
+		run(t, g, 0, "sh", "-c", sendMany)
+		if err := link.Close(); err != nil {
+			t.Fatal(err)
+		}
+		carrier(t, g, "0")
+	}
+	if out := run(t, g, 0, "ivshctl", "net", "status"); !strings.Contains(out, "without carrier") {
+		t.Error(out)
+	}
+	run(t, g, 0, "ivshctl", "net", "down")
+	up.end(0)
+}
+
+// carrier waits until the interface has carrier, or has none.
+func carrier(t *testing.T, g *vm.Guest, want string) {
+	t.Helper()
+	run(t, g, 0, "sh", "-c", "until grep -q "+want+" /sys/class/net/ivsh0/carrier; do sleep 0.1; done")
 }
 
 func (n *netDriver) exchange(g *vm.Guest) {
@@ -153,7 +202,7 @@ func (n *netDriver) exchange(g *vm.Guest) {
 	if err := n.d.ReadConfig(deadline(t), config, 0); err != nil || !bytes.Equal(config, []byte{2, 0, 0, 0, 0, 2, 1, 0, 0, 0, 0xdc, 5}) {
 		t.Errorf("configuration % x, %v", config, err)
 	}
-	run(t, g, 0, "sh", "-c", "until grep -q 1 /sys/class/net/ivsh0/carrier; do sleep 0.1; done")
+	carrier(t, g, "1")
 	plain := make([]byte, 12)
 	arp := "\x00\x01\x08\x00\x06\x04"
 	n.send(plain, []byte("\xff\xff\xff\xff\xff\xff\x02\x00\x00\x00\x00\x02\x08\x06"+arp+
