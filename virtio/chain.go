@@ -98,6 +98,11 @@ func (c *Chain) move(segments []segment, p []byte, offset int64, move func(p []b
 	return done, nil
 }
 
+// maxIndirect is the most descriptors of an indirect table. The specification has
+// no more than the queue has entries; Linux makes longer ones, where that is what
+// a request takes (virtqueue_use_indirect).
+const maxIndirect = 1024
+
 // walk reads the descriptors of a chain, each of them once, and checks them.
 // The caller holds q.mu.
 func (q *Queue) walk(c *Chain) error {
@@ -106,7 +111,7 @@ func (q *Queue) walk(c *Chain) error {
 	if uint64(next) >= entries {
 		return q.wrong("head of a buffer", uint64(next), "a descriptor below %d", entries)
 	}
-	indirect := false
+	indirect, most := false, int(q.ring.size)
 	for {
 		var raw [descriptorSize]byte
 		if _, err := q.b.mem.ReadAt(raw[:], int64(table+descriptorSize*uint64(next))); err != nil {
@@ -115,14 +120,15 @@ func (q *Queue) walk(c *Chain) error {
 		d := decode(&raw)
 		if d.flags&flagIndirect != 0 && q.indirect {
 			switch {
-			case indirect || len(c.segments) > 0 || d.flags&flagNext != 0:
-				return q.wrong("flags of a descriptor", uint64(d.flags), "an indirect one to stand alone")
-			case d.n == 0 || d.n%descriptorSize != 0 || d.n/descriptorSize > uint32(q.ring.size):
-				return q.wrong("length of an indirect table", uint64(d.n), "%d bytes for each of 1 to %d descriptors", descriptorSize, q.ring.size)
+			case indirect || d.flags&flagNext != 0:
+				return q.wrong("flags of a descriptor", uint64(d.flags), "an indirect one to be the last, and not in a table")
+			case d.n == 0 || d.n%descriptorSize != 0 || d.n/descriptorSize > maxIndirect:
+				return q.wrong("length of an indirect table", uint64(d.n), "%d bytes for each of 1 to %d descriptors", descriptorSize, maxIndirect)
 			case !q.b.mem.holds(q.limit, d.at, uint64(d.n)):
 				return q.wrong("address of an indirect table", d.at, "%d bytes from %#x to %#x", d.n, q.limit, q.b.mem.Size())
 			}
 			indirect = true
+			most += int(d.n / descriptorSize)
 			table, entries, next = d.at, uint64(d.n/descriptorSize), 0
 			continue
 		}
@@ -132,8 +138,8 @@ func (q *Queue) walk(c *Chain) error {
 		if d.flags&flagNext == 0 {
 			return nil
 		}
-		if len(c.segments) >= int(q.ring.size) {
-			return q.wrong("length of a chain", uint64(len(c.segments))+1, "at most %d descriptors, as the queue has", q.ring.size)
+		if len(c.segments) >= most {
+			return q.wrong("length of a chain", uint64(len(c.segments))+1, "at most %d descriptors, as there are", most)
 		}
 		if next = d.next; uint64(next) >= entries {
 			return q.wrong("next descriptor", uint64(next), "a descriptor below %d", entries)

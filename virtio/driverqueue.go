@@ -241,6 +241,20 @@ func (q *DriverQueue) Delay() {
 // Size is the number of entries.
 func (q *DriverQueue) Size() int { return len(q.slots) }
 
+// Outstanding is how many buffers the device is not done with; 0, too, when the
+// driver has ended.
+func (q *DriverQueue) Outstanding() int {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.d.life.RLock()
+	defer q.d.life.RUnlock()
+	if q.d.err != nil {
+		return 0
+	}
+	// What the device says is no more than a number here.
+	return int(q.pending - min(q.pending, q.d.mem.load16(q.used+ringIndex)-q.taken))
+}
+
 // Add makes parts of a buffer available to the device: those to be read first,
 // then those to be written, which are zeroed (but see [Segment]). The device hears of it by Kick,
 // and may see it before. It fails with [ErrQueueFull], or with why the driver has

@@ -26,6 +26,8 @@ type example struct {
 	handle   func(q int, segments []exampleSegment) uint32 // returns used.len
 	queues   []exampleQueue
 	selected uint32
+	quiet    uint64      // bits of queues that it does not interrupt for
+	idle     uint64      // bits of queues that it leaves alone
 	hung     atomic.Bool // answers nothing
 	stop     atomic.Bool
 	ended    chan struct{}
@@ -150,7 +152,7 @@ func (e *example) serve() {
 	}
 	for i := range e.queues {
 		q := &e.queues[i]
-		if !q.on {
+		if !q.on || e.idle>>i&1 != 0 {
 			continue
 		}
 		le := binary.LittleEndian
@@ -175,6 +177,9 @@ func (e *example) serve() {
 			put32(e.m, at+4, length)
 			q.last++
 			put16(e.m, used+2, q.last)
+			if e.quiet>>i&1 != 0 {
+				continue
+			}
 			put8(e.m, 0x41, 1)
 			e.p.Store(regs.DoorbellRegister, 1<<16|uint32(vector))
 		}

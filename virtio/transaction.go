@@ -100,12 +100,13 @@ func (b *BackEnd) queueWritten(at uint32) {
 	switch enable := b.mem.load16(regQueueEnable); {
 	case enable == 0:
 		// Linux stores 32 bits here, so also the low half of the address. Who
-		// enables the queue again says everything again.
-		switch {
-		case r.enable == 0:
-		case b.session != nil:
-			b.needsReset(&ViolationError{q.index, "queue_enable", 0, "1 until the device is reset"})
-		default:
+		// enables the queue again says everything again. A session is over then,
+		// and only a reset begins another.
+		if r.enable != 0 {
+			if b.session != nil {
+				b.retire(ErrReset)
+				b.todo = true
+			}
 			q.kill()
 			b.queues[b.selQueue] = newQueue(b, q.index)
 		}
@@ -158,9 +159,13 @@ func (b *BackEnd) needsReset(v *ViolationError) {
 	b.stats.LastViolation = v.Error()
 	b.retire(v)
 	b.todo = true
-	ok := b.status&StatusDriverOK != 0
+	ok, old := b.status&StatusDriverOK != 0, b.status
 	b.status |= StatusNeedsReset
-	b.mem.Store32(regDeviceStatus, uint32(b.status))
+	// A driver that has stored another status is about to announce it, and it may
+	// be 0: what is stored then must not become this one.
+	if b.mem.load32(regDeviceStatus) == uint32(old) {
+		b.mem.Store32(regDeviceStatus, uint32(b.status))
+	}
 	if ok {
 		b.configEvent()
 	}
