@@ -227,6 +227,9 @@ func (d *Device) run(ctx context.Context, s *virtio.Session) error {
 	switch {
 	case !s.Features().Has(featureMultiport):
 		s.Queue(0).Delay()
+		if err := d.tellSize(); err != nil {
+			return err
+		}
 		return single(g, &d.table, &deviceSender{q: s.Queue(0), least: 1}, deviceReceiver{s.Queue(1)})
 	case d.config.Wire == Original:
 		return newOriginal(g, &d.table, true, d.config.MaxPorts).run(g, &deviceSender{q: s.Queue(0), least: originalHeader + originalEvent}, deviceReceiver{s.Queue(1)})
@@ -249,6 +252,18 @@ func (d *Device) run(ctx context.Context, s *virtio.Session) error {
 	err := g.wait()
 	m.end()
 	return err
+}
+
+// tellSize has a driver without MULTIPORT read the size of the window: Linux does
+// so when it is told of a change, and not before.
+func (d *Device) tellSize() error {
+	d.layout.Lock()
+	defer d.layout.Unlock()
+	p := d.Port(0)
+	if p == nil || p.Size() == (Size{}) {
+		return nil
+	}
+	return d.back.SetConfig(configCols, p.Size().bytes(true))
 }
 
 // portQueues are the queues of a port, as the driver calls them: its receive and

@@ -15,6 +15,10 @@ import (
 // no payload.
 const controlSize = 64
 
+// controlMost is the most entries of the queue for messages of the device, as
+// many as QEMU has.
+const controlMost = 32
+
 // Driver is the driver side.
 type Driver struct {
 	table
@@ -259,7 +263,13 @@ func (d *Driver) multiport(ctx context.Context) (func() error, error) {
 			return nil, fmt.Errorf("queues of port %d: %w", id, err)
 		}
 	}
-	r, t, err := d.pair(ctx, 2, 3)
+	// A device may drop messages that it has no buffer for.
+	control := max(d.config.Entries, int(min(controlMost, d.d.Device().Sections().ReadWrite.Size()/16/bufferSize)))
+	r, err := d.d.SetUpQueue(ctx, 2, control)
+	if err != nil {
+		return nil, fmt.Errorf("control queues: %w", err)
+	}
+	t, err := d.d.SetUpQueue(ctx, 3, d.config.Entries)
 	if err != nil {
 		return nil, fmt.Errorf("control queues: %w", err)
 	}
@@ -280,6 +290,7 @@ func (d *Driver) multiport(ctx context.Context) (func() error, error) {
 			return nil, err
 		}
 		l := newLane(g.ctx, m.teller)
+		l.busy = s.busy
 		g.run(func(ctx context.Context) error { return l.send(ctx, s) })
 		g.run(func(ctx context.Context) error { return l.receive(ctx, r) })
 		return l, nil

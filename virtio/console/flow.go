@@ -3,6 +3,7 @@ package console
 import (
 	"context"
 	"sync"
+	"time"
 )
 
 // What the wires do with a port.
@@ -24,18 +25,23 @@ func (p *Port) detach() {
 	defer p.mu.Unlock()
 	p.hooks = hooks{}
 	p.throttled, p.starved, p.sending = false, false, false
+	p.reopened = false
 	p.hangUp()
 }
 
-// remove ends the port.
+// remove ends the port. What has arrived can be read unless the port was taken
+// away on purpose.
 func (p *Port) remove(err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.removed != nil {
 		return
 	}
-	p.removed = err
-	p.unread, p.out = fifo{}, fifo{}
+	p.removed, p.out = err, fifo{}
+	if err == ErrRemoved {
+		p.unread = fifo{}
+	}
+	p.tail = false
 	p.hooks.tell.wake()
 	p.hooks.room.wake()
 	p.change()
@@ -45,8 +51,10 @@ func (p *Port) remove(err error) {
 func (p *Port) peerOpened() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.leaving {
-		p.hangUp()
+	if p.leaving { // what it wrote before comes first
+		p.reopened = true
+		p.hooks.room.wake()
+		return
 	}
 	if !p.peerOpen {
 		p.peerOpen = true
@@ -60,7 +68,7 @@ func (p *Port) peerOpened() {
 func (p *Port) peerLeaving() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.leaving = p.peerOpen
+	p.leaving, p.reopened = p.peerOpen, false
 	p.hooks.room.wake()
 }
 
@@ -93,8 +101,13 @@ func (p *Port) hangUp() {
 	}
 	if !p.eager || p.hooks.send == nil {
 		p.out.Reset()
+		p.tail = p.sending
 	}
 	p.starved = false
+	if p.reopened {
+		p.peerOpen, p.reopened = true, false
+		p.hooks.send.wake()
+	}
 	p.hooks.tell.wake()
 	p.change()
 }
@@ -104,10 +117,36 @@ func (p *Port) hangUp() {
 func (p *Port) room(slack int) int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.discards() {
+	if p.discards() || p.stuck {
 		return maxLimit
 	}
 	return max(p.limit+slack-p.unread.Len(), 0)
+}
+
+// stuckAfter is for how long who reads a console may take nothing before what
+// arrives is dropped.
+const stuckAfter = time.Second
+
+// impatient reports whether the other side may stand still as long as a buffer
+// is kept: a CPU of Linux does nothing else until it has what it wrote to a
+// console back.
+func (p *Port) impatient() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.owner && p.console && p.wire != Original
+}
+
+// giveUp waits for room, but not for ever.
+func (p *Port) giveUp(wake context.Context) {
+	later := time.NewTimer(stuckAfter)
+	defer later.Stop()
+	select {
+	case <-wake.Done():
+	case <-later.C:
+		p.mu.Lock()
+		p.stuck = p.full()
+		p.mu.Unlock()
+	}
 }
 
 // discards reports whether what arrives is dropped. The caller holds mu.
@@ -127,7 +166,7 @@ func (p *Port) receive(b []byte) {
 		p.hooks.send.wake()
 		p.change()
 	}
-	if p.discards() {
+	if p.discards() || p.stuck {
 		p.dropped += uint64(len(b))
 		return
 	}
@@ -146,8 +185,11 @@ func (p *Port) hasOut() bool {
 	return p.canPull()
 }
 
+// canPull reports whether something may be sent: nothing new before the other
+// side knows that the port is open again. The caller holds mu.
 func (p *Port) canPull() bool {
-	return p.removed == nil && p.mayGoOut() && !p.throttled && p.out.Len() > 0
+	return p.removed == nil && p.mayGoOut() && !p.throttled && p.out.Len() > 0 &&
+		(p.tail || p.announced == p.turns || p.hooks.tell == nil)
 }
 
 // pull takes what is to be sent; sent says that it is on the way.
@@ -167,9 +209,11 @@ func (p *Port) sent() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.sending = false
-	if !p.isOpen() {
+	if p.tail && p.out.Len() == 0 {
+		p.tail = false
 		p.hooks.tell.wake() // that it is closed
 	}
+	p.change()
 }
 
 // starve says that there is no room in the queue for what is to be sent.
@@ -230,7 +274,8 @@ type told struct {
 func (p *Port) afresh() told {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return told{turns: p.turns &^ 1}
+	p.announced = p.turns &^ 1
+	return told{turns: p.announced}
 }
 
 // turn is what is to be told of opening and closing: all that happened since the
@@ -240,13 +285,15 @@ func (p *Port) turn(t *told) (open, due bool) {
 	switch {
 	case t.turns == p.turns:
 		return false, false
-	case !p.isOpen() && p.mayGoOut() && (p.sending || p.out.Len() > 0):
+	case p.tail:
 		return false, false // what was written goes first
 	case (p.turns-t.turns)%2 == 0:
 		t.turns = p.turns - 1
 	default:
 		t.turns = p.turns
 	}
+	p.announced = t.turns
+	p.hooks.send.wake()
 	return t.turns&1 == 1, true
 }
 

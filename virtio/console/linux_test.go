@@ -145,7 +145,9 @@ func TestLinuxSingle(t *testing.T) {
 			b := &both{TB: t, ctx: t.Context(), device: d}
 			con := b.add(console.PortConfig{Name: "con", Console: true})
 			b.ok(con.Open())
+			b.ok(d.Resize(con, console.Size{Cols: 80, Rows: 25}))
 			l := newRawDriver(t, p[1], size, 2)
+			b.ok(l.d.ConfigChanged(l.ctx)) // or it would not look at it
 			l.fill(0)
 			b.ok(con.WaitOpen(l.ctx))
 			b.write(con, "login: ")
@@ -207,7 +209,6 @@ func TestHostileDriver(t *testing.T) {
 	l.send(3, "ffffffff 0000 0100")
 	l.expect(2, "01000000 0100 0100")
 	for _, c := range []struct{ message, field string }{
-		{"01000000 0600 0100", "port"}, // not ready
 		{"01000000 0100 0100", "event"},
 		{"01000000 0500 0000 00000000", "event"},
 		{"01000000 ffff 0000", "event"},
@@ -221,6 +222,97 @@ func TestHostileDriver(t *testing.T) {
 	// It goes on.
 	l.send(3, "01000000 0300 0100")
 	l.expect(2, "01000000 0700 0100 6c6f67")
+}
+
+// What Linux says of a port depends on who is faster: its probe, or a program that
+// opens the port.
+func TestLinuxOpensEarly(t *testing.T) {
+	p := peers(t)
+	d := device(t, p[0], console.Config{})
+	b := &both{TB: t, ctx: t.Context(), device: d}
+	plain := b.add(console.PortConfig{Name: "log"})
+	b.ok(plain.Open())
+	l := newRawDriver(t, p[1], size|multi, 10)
+	l.fill(2)
+	l.fill(4)
+	l.send(3, "ffffffff 0000 0100")
+	l.expect(2, "01000000 0100 0100")
+	l.send(3, "01000000 0600 0100")
+	l.send(3, "01000000 0300 0100")
+	b.ok(plain.WaitOpen(l.ctx))
+	l.expect(2, "01000000 0700 0100 6c6f67", "01000000 0600 0100")
+	b.write(plain, "hello")
+	l.expect(4, "68656c6c6f")
+	// It was open for that long only.
+	b.ok(d.RemovePort(plain))
+	l.expect(2, "01000000 0200 0100")
+	again := b.add(console.PortConfig{})
+	l.expect(2, "01000000 0100 0100")
+	l.send(3, "01000000 0600 0100")
+	l.send(3, "01000000 0600 0000")
+	l.send(3, "01000000 0300 0100")
+	b.ok(again.Open())
+	l.expect(2, "01000000 0600 0100")
+	if again.PeerOpen() {
+		t.Error("open, although it was closed again")
+	}
+}
+
+// After hibernation Linux says PORT_READY for the ports that it had, and no
+// DEVICE_READY: it goes on with those, and hears of new ones.
+func TestLinuxRestored(t *testing.T) {
+	p := peers(t)
+	d := device(t, p[0], console.Config{})
+	b := &both{TB: t, ctx: t.Context(), device: d}
+	plain := b.add(console.PortConfig{Name: "log"})
+	b.ok(plain.Open())
+	b.add(console.PortConfig{Name: "new"})
+	l := newRawDriver(t, p[1], size|multi, 10)
+	l.fill(2)
+	l.fill(4)
+	l.nothing(2)
+	l.send(3, "01000000 0300 0100")
+	l.send(3, "01000000 0600 0100")
+	b.ok(plain.WaitOpen(l.ctx))
+	got := map[string]bool{}
+	for range 3 {
+		got[string(l.receive(2))] = true
+	}
+	for _, want := range []string{"01000000 0700 0100 6c6f67", "01000000 0600 0100", "02000000 0100 0100"} {
+		if !got[string(raw(t, want))] {
+			t.Errorf("no message %s in %v", want, got)
+		}
+	}
+	b.write(plain, "hello")
+	l.expect(4, "68656c6c6f")
+}
+
+// A CPU of Linux stands still until it has back what it wrote to a console.
+func TestLinuxConsoleStuck(t *testing.T) {
+	for _, w := range []console.Wire{console.Multiport, console.Single} {
+		t.Run(w.String(), func(t *testing.T) {
+			t.Parallel()
+			p := peers(t)
+			d := device(t, p[0], console.Config{Wire: w})
+			b := &both{TB: t, ctx: t.Context(), device: d}
+			l := newRawDriver(t, p[1], size, 2) // without MULTIPORT
+			l.sendBytes(1, []byte("nobody there"))
+			con := b.add(console.PortConfig{Name: "con", Console: true})
+			b.ok(con.Open())
+			b.ok(con.WaitOpen(l.ctx))
+			b.ok(con.SetLimit(1000))
+			for range 50 {
+				l.sendBytes(1, bytes.Repeat([]byte("x"), 100)) // each has to come back
+			}
+			if n, dropped := con.Unread(), con.Dropped(); n != 1000 || n+int(dropped) != 5000 && n+int(dropped) != 5012 {
+				t.Errorf("%d bytes are unread, %d dropped, of 5000", n, dropped)
+			}
+			// Who reads again misses nothing more.
+			b.read(con, string(bytes.Repeat([]byte("x"), 1000)))
+			l.send(1, "6e6577")
+			b.read(con, "new")
+		})
+	}
 }
 
 // What the driver says to a device that follows the specification, and to one

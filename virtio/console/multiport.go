@@ -21,15 +21,20 @@ type multiport struct {
 
 	mu    sync.Mutex
 	ready bool // device: the driver said DEVICE_READY; driver: it was sent
-	slots []slot
-	turn  int // slot that is looked at first
+	// restored says that the driver knows the ports from before: after hibernation
+	// Linux says PORT_READY for each, and no DEVICE_READY.
+	restored bool
+	slots    []slot
+	turn     int // slot that is looked at first
 }
 
 // slot is what there is about a port number.
 type slot struct {
 	lane  *lane // nil: it has none yet
 	port  *Port // that was told of by PORT_ADD
+	added bool  // one was, ever
 	ready bool  // the driver said so
+	early bool  // it said PORT_OPEN before that
 	owed  owed
 	told
 }
@@ -133,6 +138,13 @@ func unknownPort(id uint32) error {
 
 // fromDriver does what the driver says. The caller holds mu.
 func (m *multiport) fromDriver(s *slot, msg message) error {
+	if msg.event == eventPortReady && msg.value != 0 && !m.ready {
+		m.ready, m.restored = true, true
+		m.teller.wake()
+	}
+	if p := m.Port(msg.id); m.restored && msg.event == eventPortReady && !s.added && p != nil {
+		s.port, s.added = p, true
+	}
 	if s.port == nil {
 		return unknownPort(msg.id)
 	}
@@ -146,10 +158,15 @@ func (m *multiport) fromDriver(s *slot, msg message) error {
 		// It says so again after hibernation, and has forgotten everything.
 		s.told = s.port.afresh()
 		s.lane.set(s.port)
-		s.port.attach(hooks{s.lane.tx, s.lane.rx, m.teller}, false)
+		s.port.attach(s.lane.hooks(), false)
+		if s.early {
+			s.early = false
+			s.port.peerTurned(true)
+		}
 	case eventPortOpen:
-		if !s.ready {
-			return unknownPort(msg.id)
+		if !s.ready { // a program was faster than Linux's probe
+			s.early = msg.value != 0
+			return nil
 		}
 		s.port.peerTurned(msg.value != 0)
 	default:
@@ -174,7 +191,7 @@ func (m *multiport) fromDevice(s *slot, msg message) error {
 		}
 		p := m.config.port(msg.id, Multiport, false)
 		s.port, s.told, s.ready = p, told{}, false
-		p.attach(hooks{s.lane.tx, s.lane.rx, m.teller}, false)
+		p.attach(s.lane.hooks(), false)
 		m.table.mu.Lock()
 		m.put(p)
 		m.table.mu.Unlock()
@@ -245,13 +262,13 @@ func (m *multiport) toDriver(s *slot, id uint32) (message, bool) {
 	p := m.Port(id)
 	switch {
 	case s.port != nil && s.port != p:
-		s.port, s.ready = nil, false
+		s.port, s.ready, s.early = nil, false, false
 		s.lane.set(nil)
 		return message{id, eventPortRemove, 1, nil}, true
 	case p == nil, s.port == nil && !s.lane.clean():
 		return message{}, false
 	case s.port == nil:
-		s.port = p
+		s.port, s.added = p, true
 		return message{id, eventPortAdd, 1, nil}, true
 	case !s.ready:
 		return message{}, false
@@ -309,20 +326,25 @@ func bit(b bool) uint16 {
 func single(g *group, t *table, s sender, r receiver) error {
 	teller := newWaker(g.ctx)
 	l := newLane(g.ctx, teller)
+	l.busy = busyOf(s)
 	t.tellBy(teller)
 	var p *Port
+	follow := func() {
+		p = t.Port(0)
+		l.set(p)
+		if p != nil {
+			p.attach(hooks{send: l.tx, room: l.rx, busy: l.busy}, false)
+			p.peerTurned(true)
+		}
+	}
+	follow() // even without a port nobody is to wait
 	g.run(func(ctx context.Context) error { return l.send(ctx, s) })
 	g.run(func(ctx context.Context) error { return l.receive(ctx, r) })
 	g.run(func(ctx context.Context) error {
 		for ctx.Err() == nil {
 			next := teller.next()
-			if now := t.Port(0); now != p {
-				p = now
-				l.set(p)
-				if p != nil {
-					p.attach(hooks{send: l.tx, room: l.rx}, false)
-					p.peerTurned(true)
-				}
+			if t.Port(0) != p {
+				follow()
 			}
 			<-next.Done()
 		}

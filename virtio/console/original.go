@@ -19,6 +19,7 @@ type original struct {
 	device bool
 	waker  *waker // something to tell or to send
 	room   *waker // a port has more room
+	busy   func() bool
 
 	mu    sync.Mutex
 	slots []originalSlot
@@ -41,6 +42,7 @@ func newOriginal(g *group, t *table, device bool, ports int) *original {
 
 // run is the session.
 func (o *original) run(g *group, s sender, r receiver) error {
+	o.busy = busyOf(s)
 	o.tellBy(o.waker)
 	g.run(func(ctx context.Context) error { return o.send(ctx, s) })
 	g.run(func(ctx context.Context) error { return o.receive(ctx, r) })
@@ -64,7 +66,7 @@ func (o *original) adopt() {
 		}
 		if s.port = o.Port(uint32(id)); s.port != nil {
 			s.told = s.port.afresh()
-			s.port.attach(hooks{o.waker, o.room, o.waker}, true)
+			s.port.attach(hooks{o.waker, o.room, o.waker, o.busy}, true)
 		}
 	}
 }
@@ -292,9 +294,10 @@ func (o *original) handle(m message, p *Port) error {
 	case m.event == originalCache:
 		p.SetCache(m.value != 0)
 	case m.event == originalLimit:
-		limit := maxLimit
+		// The ports share the memory; the least that can be asked for is 1 MiB.
+		limit := max(maxLimit/len(o.Ports()), 1<<20)
 		if m.value != 0 {
-			limit = min(int(m.value)<<20, maxLimit)
+			limit = min(int(m.value)<<20, limit)
 		}
 		return p.SetLimit(limit)
 	default:

@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"sync"
+	"time"
 )
 
 // outMost is how many bytes a port holds for the other side.
@@ -40,15 +41,22 @@ type Port struct {
 
 	turns   uint64 // of the own end; it is open when odd
 	claimed bool   // somebody called Open
+	// announced is what the other side was told of turns.
+	announced uint64
+	// tail says that what was written before the last Close is not all sent. It
+	// goes before the other side is told, and before anything new.
+	tail bool
 
 	peerOpen bool
 	leaving  bool   // it closed, and what it wrote before is on the way
+	reopened bool   // and opened it again
 	hangups  uint64 // how often it closed
 	eager    bool   // what is written goes out while the other side is closed
 
 	unread    fifo
 	limit     int
 	cache     bool
+	stuck     bool   // who reads has taken nothing for long: what arrives is dropped
 	dropped   uint64 // bytes
 	out       fifo
 	sending   bool // between out and the queue
@@ -76,6 +84,9 @@ type hooks struct {
 	send *waker // there is something to send
 	room *waker // there is room for more unread data
 	tell *waker // there is something to tell
+	// busy reports whether the other side has yet to take what was sent. It may be
+	// nil.
+	busy func() bool
 }
 
 // ID is the port's number.
@@ -174,9 +185,36 @@ func (p *Port) Close() error {
 	if !p.mayGoOut() {
 		p.out.Reset()
 	}
+	p.tail = p.sending || p.out.Len() > 0
 	p.eased()
 	p.change()
 	return nil
+}
+
+// Flush waits until the other side has taken what was written, or does not want
+// it any more. What it has taken may still be unread there.
+func (p *Port) Flush(ctx context.Context) error {
+	for {
+		p.mu.Lock()
+		unsent := p.removed == nil && (p.sending || p.mayGoOut() && p.out.Len() > 0)
+		busy, changed := p.hooks.busy, p.changes()
+		p.mu.Unlock()
+		if unsent {
+			if err := await(ctx, changed); err != nil {
+				return err
+			}
+			continue
+		}
+		if busy == nil || !busy() {
+			return nil
+		}
+		// Nobody is told of that.
+		select {
+		case <-time.After(firstPoll):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 }
 
 // forget drops unread data. The caller holds mu.
@@ -245,7 +283,7 @@ func (p *Port) TryRead(b []byte) (int, error) {
 
 // read reads what is there. The caller holds mu.
 func (p *Port) read(b []byte, hangups uint64) (int, error) {
-	if err := p.mayUse(); err != nil {
+	if err := p.mayUse(); err != nil && (p.unread.Len() == 0 || !p.isOpen()) {
 		return 0, err
 	}
 	if len(b) == 0 {
@@ -271,6 +309,7 @@ func (p *Port) read(b []byte, hangups uint64) (int, error) {
 // eased is what follows when there may be room for unread data that there was
 // not before. The caller holds mu.
 func (p *Port) eased() {
+	p.stuck = false
 	p.hooks.room.wake()
 	p.hooks.tell.wake()
 }
@@ -341,7 +380,7 @@ func (p *Port) write(b []byte) (int, error) {
 		return 0, ErrThrottled
 	case room <= 0 && p.starved:
 		return 0, ErrStalled
-	case !p.mayGoOut(), room <= 0:
+	case !p.mayGoOut(), p.tail, room <= 0:
 		return 0, ErrWouldBlock
 	}
 	if p.out.Len() == 0 {
@@ -379,7 +418,7 @@ func (p *Port) ready() Ready {
 	if p.unread.Len() > 0 || !p.peerOpen {
 		r |= In
 	}
-	if p.mayGoOut() && !p.throttled && p.out.Len() < outMost {
+	if p.mayGoOut() && !p.tail && !p.throttled && p.out.Len() < outMost {
 		r |= Out
 	}
 	if !p.peerOpen {

@@ -302,3 +302,20 @@ func TestLaneDrains(t *testing.T) {
 		t.Error("not clean")
 	}
 }
+
+// What has arrived can be read when the other side is gone, but not when the port
+// was removed.
+func TestRemovedUnread(t *testing.T) {
+	for _, c := range []struct{ why, want error }{{io.ErrUnexpectedEOF, nil}, {ErrRemoved, ErrRemoved}} {
+		p := openPort(t)
+		p.receive([]byte("abc"))
+		p.remove(c.why)
+		b := make([]byte, 10)
+		if n, err := p.Read(b); err != c.want || err == nil && string(b[:n]) != "abc" {
+			t.Errorf("%v: %q, %v", c.why, b[:n], err)
+		}
+		if _, err := p.Read(b); err != c.why {
+			t.Errorf("%v, want %v", err, c.why)
+		}
+	}
+}

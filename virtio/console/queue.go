@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"sync"
+	"time"
 
 	"github.com/ivshmem-go/ivshmem/virtio"
 )
@@ -119,12 +120,14 @@ func (r deviceReceiver) tryTake() (piece, error) {
 type driverSender struct {
 	q    *virtio.DriverQueue
 	free []*virtio.Buffer
+	// polls says that the device need not interrupt for what it has sent.
+	polls bool
 }
 
 // newDriverSender makes a buffer for each entry of the queue, but at least one.
 func newDriverSender(d *virtio.Driver, q *virtio.DriverQueue, size int) (*driverSender, error) {
 	q.Delay()
-	s := &driverSender{q: q}
+	s := &driverSender{q: q, polls: !d.Features().Has(virtio.EventIdx)}
 	var err error
 	if s.free, err = buffers(d, q.Size(), size); len(s.free) == 0 {
 		return nil, err
@@ -155,16 +158,30 @@ func (s *driverSender) trySpace() (int, error) {
 	return s.free[0].Size(), nil
 }
 
+// Back-ends that know no event index may not interrupt for what a console said:
+// Linux's driver polls for it.
+const firstPoll, lastPoll = time.Millisecond, 16 * time.Millisecond
+
 func (s *driverSender) space(ctx context.Context) (int, error) {
-	if len(s.free) == 0 {
-		b, _, err := s.q.Next(ctx)
-		if err != nil {
+	for poll := firstPoll; len(s.free) == 0; poll = min(2*poll, lastPoll) {
+		wait, cancel := ctx, context.CancelFunc(func() {})
+		if s.polls {
+			wait, cancel = context.WithTimeout(ctx, poll)
+		}
+		b, _, err := s.q.Next(wait)
+		cancel()
+		switch {
+		case err == nil:
+			s.free = append(s.free, b)
+		case !s.polls || ctx.Err() != nil || !errors.Is(err, context.DeadlineExceeded):
 			return 0, err
 		}
-		s.free = append(s.free, b)
 	}
 	return s.free[0].Size(), nil
 }
+
+// busy may be called by anybody.
+func (s *driverSender) busy() bool { return s.q.Outstanding() > 0 }
 
 func (s *driverSender) send(parts ...[]byte) error {
 	b, n := s.free[0], 0
@@ -281,6 +298,7 @@ func woken(ctx context.Context, err error) bool {
 // lane is the queues of one port number.
 type lane struct {
 	tx, rx, teller *waker
+	busy           func() bool // of hooks
 
 	mu   sync.Mutex
 	port *Port // for which data goes
@@ -293,6 +311,18 @@ type lane struct {
 
 func newLane(ctx context.Context, teller *waker) *lane {
 	return &lane{tx: newWaker(ctx), rx: newWaker(ctx), teller: teller}
+}
+
+// hooks are those of a port that has the lane.
+func (l *lane) hooks() hooks { return hooks{l.tx, l.rx, l.teller, l.busy} }
+
+// busyOf is how to ask a sender whether the other side has yet to take something;
+// nil: there is no need.
+func busyOf(s sender) func() bool {
+	if d, ok := s.(*driverSender); ok {
+		return d.busy
+	}
+	return nil
 }
 
 // get is the port, and whether what arrives may be taken.
@@ -375,9 +405,20 @@ func (l *lane) receive(ctx context.Context, r receiver) error {
 			room = maxLimit // for nobody
 		}
 		if room == 0 {
-			<-next.Done()
+			var err error
+			switch {
+			case p == nil || !p.impatient():
+				<-next.Done()
+			case c == nil:
+				c, err = r.take(next)
+			default:
+				p.giveUp(next)
+			}
 			if ctx.Err() != nil {
 				return ctx.Err()
+			}
+			if err != nil && !woken(ctx, err) {
+				return err
 			}
 			continue
 		}
