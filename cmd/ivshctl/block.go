@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"sync"
+	"time"
 
 	"github.com/urfave/cli/v2"
 
@@ -134,18 +135,29 @@ Example: ivshctl block attach & mount /dev/nbd0 /mnt
 	})
 }
 
-// maxClients is how many NBD clients there may be at a time; others wait.
-const maxClients = 16
+const (
+	// maxClients is how many NBD clients there may be at a time; others wait.
+	maxClients = 16
+	// lastRequests is how long the requests of clients may take at the end: a
+	// back-end may be there and never answer.
+	lastRequests = 2 * time.Second
+)
 
 // serveDisk serves NBD clients on a socket.
-func (p *program) serveDisk(ctx context.Context, path string, disk nbd.Disk, ready func(string)) error {
+func (p *program) serveDisk(ctx context.Context, path string, disk *block.Attachment, ready func(string)) error {
 	l, err := sockpath.Listen(path)
 	if err != nil {
 		return err
 	}
 	ready(path)
 	var all sync.WaitGroup
-	defer all.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer func() {
+		cancel()
+		late := time.AfterFunc(lastRequests, func() { disk.Close() })
+		all.Wait()
+		late.Stop()
+	}()
 	places := make(chan struct{}, maxClients)
 	failed := func(err error) { fmt.Fprintf(p.err, "accept: %v\n", err) }
 	return sockpath.Accept(ctx, l, failed, func(conn *net.UnixConn) {

@@ -51,6 +51,9 @@ type Config struct {
 	// Gone, unless it is nil, is called when the port was removed and with it the
 	// node. A program may still have the file open.
 	Gone func()
+	// Left, unless it is nil, is called when a program has closed the file, and
+	// the port is closed. It must not wait.
+	Left func()
 }
 
 // Serve makes the node and serves it until ctx ends, or the port is removed and
@@ -81,6 +84,9 @@ func Serve(ctx context.Context, c Config) error {
 	d := newDevice(kernel, c.Port, node)
 	if c.Gone != nil {
 		d.gone = c.Gone
+	}
+	if c.Left != nil {
+		d.left = c.Left
 	}
 	if err := d.init(c.Name); err != nil {
 		return err

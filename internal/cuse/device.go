@@ -30,6 +30,7 @@ type device struct {
 	port   *console.Port
 	node   string
 	gone   func() // the node was taken away
+	left   func() // the file was closed
 
 	mu sync.Mutex
 	// Below: with mu held.
@@ -53,7 +54,7 @@ type request struct {
 }
 
 func newDevice(kernel *os.File, port *console.Port, node string) *device {
-	return &device{kernel: kernel, port: port, node: node, gone: func() {}, answer: make([]byte, outHeaderSize+maxTransfer)}
+	return &device{kernel: kernel, port: port, node: node, gone: func() {}, left: func() {}, answer: make([]byte, outHeaderSize+maxTransfer)}
 }
 
 // init answers the kernel's first message.
@@ -220,6 +221,7 @@ func (d *device) handleRelease(m message) error {
 	}
 	d.open = false
 	d.port.Close()
+	d.left()
 	if err := d.reply(m.unique, nil); err != nil {
 		return err
 	}

@@ -72,6 +72,27 @@ func TestOpen(t *testing.T) {
 	r.want(r.send(inOpen, uint32(0), uint32(0)), unix.EBUSY)
 }
 
+// That a program has left is told when the port can be had again.
+func TestLeft(t *testing.T) {
+	r := newRig(t, console.Multiport, false)
+	left := make(chan bool, 10)
+	r.char.mu.Lock()
+	r.char.left = func() { left <- !r.own.InUse() }
+	r.char.mu.Unlock()
+	for n := range uint64(2) {
+		fh := r.open(n + 1)
+		r.want(r.send(inOpen, uint32(0), uint32(0)), unix.EBUSY)
+		r.want(r.release(fh), 0)
+		if len(left) != 1 || !<-left {
+			t.Errorf("file %d: not told, or too early or often", n+1)
+		}
+		r.want(r.release(fh), unix.EBADF)
+	}
+	if len(left) > 0 {
+		t.Error("told of a file that was not open")
+	}
+}
+
 func TestRead(t *testing.T) {
 	r := newRig(t, console.Multiport, false)
 	fh := r.both()

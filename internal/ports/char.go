@@ -18,7 +18,10 @@ const maxTwins = 100
 
 // Char makes a character device, and Path a link to it, until the context ends,
 // or the port is gone and the device closed.
-func (d *Door) Char(ctx context.Context) error {
+func (d *Door) Char(ctx context.Context) error { return d.node(ctx, cuse.Serve) }
+
+// node is Char with a device that serve makes.
+func (d *Door) node(ctx context.Context, serve func(context.Context, cuse.Config) error) error {
 	unlink := func() {}
 	defer func() { unlink() }()
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -41,7 +44,7 @@ func (d *Door) Char(ctx context.Context) error {
 	err := fs.ErrExist
 	// Another directory may have such a port, or a program one that was removed.
 	for twin := 2; errors.Is(err, fs.ErrExist) && twin <= maxTwins; twin++ {
-		err = cuse.Serve(ctx, cuse.Config{Name: try, Port: d.Port, Ready: ready, Gone: gone})
+		err = serve(ctx, cuse.Config{Name: try, Port: d.Port, Ready: ready, Gone: gone, Left: d.Left})
 		if errors.Is(err, fs.ErrExist) {
 			try = fmt.Sprintf("%s-%d", name, twin)
 		}

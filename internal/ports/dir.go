@@ -58,8 +58,8 @@ func (d *directory) take() (err error) {
 	if err := unix.Stat(d.path, &st); err != nil {
 		return &os.PathError{Op: "stat", Path: d.path, Err: err}
 	}
-	if st.Mode&unix.S_IFMT != unix.S_IFDIR || st.Mode&0o002 != 0 || st.Uid != 0 && st.Uid != uint32(os.Geteuid()) {
-		return fmt.Errorf("%s: expected a directory of this user that others cannot write: choose another one", d.path)
+	if st.Mode&unix.S_IFMT != unix.S_IFDIR || st.Mode&0o022 != 0 || st.Uid != 0 && st.Uid != uint32(os.Geteuid()) {
+		return fmt.Errorf("%s: expected a directory of this user that nobody else can write, its group neither: choose another one, or change its mode (chmod go-w)", d.path)
 	}
 	// Whoever may look into the directory may ask.
 	d.control, err = sockpath.ListenWith(filepath.Join(d.path, ControlFile), sockpath.Rights{Mode: 0o666})

@@ -23,6 +23,8 @@ const (
 	// line is hung up: how often to look, and how long it may read nothing.
 	drainPace     = 10 * time.Millisecond
 	drainPatience = 2 * time.Second
+	// openPace is how often a terminal is asked for where there is none.
+	openPace = 200 * time.Millisecond
 )
 
 // PTY makes terminals until the context ends, or the port is gone. There is one
@@ -32,27 +34,59 @@ const (
 // closing is loss of carrier, as on a serial line: what came before is read, and
 // then the programs read the end of file and get SIGHUP, and there is a new
 // terminal; but with CLOCAL set (stty clocal) they stay.
-func (d *Door) PTY(ctx context.Context) error {
-	linked := false
-	defer func() {
-		if linked {
+func (d *Door) PTY(ctx context.Context) error { return d.terminals(ctx, openTerminal) }
+
+// terminals is PTY with terminals that open makes.
+func (d *Door) terminals(ctx context.Context, open func() (*terminal, error)) error {
+	var t *terminal
+	// Any user can be given the name of a terminal that is closed: before that the
+	// path leads to the next one, or nowhere.
+	leave := func() {
+		if t == nil {
+			return
+		}
+		if to, _ := os.Readlink(d.Path); to == t.name {
 			os.Remove(d.Path)
 		}
-	}()
-	for {
-		t, err := openTerminal()
-		if err != nil {
-			return err
-		}
-		if err := d.link(t.name); err != nil {
-			t.close()
-			return err
-		}
-		linked = d.Path != ""
-		err = d.serve(ctx, t)
 		t.close()
-		if err != errHangUp {
+	}
+	defer leave()
+	for {
+		next, err := open()
+		if err != nil && t == nil {
 			return err
+		}
+		if err != nil {
+			d.failed(fmt.Errorf("%w: waiting for one", err))
+			leave() // this one may be what the next needs
+			if next, err = openLater(ctx, open); err != nil {
+				return err
+			}
+		}
+		if err := d.link(next.name); err != nil {
+			next.close()
+			return err
+		}
+		if t != nil {
+			t.close()
+		}
+		t = next
+		if err := d.serve(ctx, t); err != errHangUp {
+			return err
+		}
+	}
+}
+
+// openLater opens a terminal as soon as there is one.
+func openLater(ctx context.Context, open func() (*terminal, error)) (*terminal, error) {
+	for {
+		select {
+		case <-time.After(openPace):
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+		if t, err := open(); err == nil {
+			return t, nil
 		}
 	}
 }
@@ -106,7 +140,11 @@ func (d *Door) serve(ctx context.Context, t *terminal) error {
 			return err
 		case err != errLeft:
 			return err
-		case !d.Cache:
+		}
+		if !d.Port.PeerOpen() {
+			t.drop() // else it would be the next program's
+		}
+		if !d.Cache {
 			t.flush()
 		}
 	}
@@ -276,6 +314,21 @@ func (t *terminal) asProgram(f func(fd int)) {
 func (t *terminal) flush() {
 	t.control(func(fd int) error { return unix.IoctlSetInt(fd, unix.TCFLSH, unix.TCOFLUSH) })
 	t.asProgram(func(fd int) { unix.IoctlSetInt(fd, unix.TCFLSH, unix.TCIFLUSH) })
+}
+
+// drop drops what programs said that have left.
+func (t *terminal) drop() {
+	t.control(func(fd int) error {
+		buf := make([]byte, 4096)
+		for {
+			if left, pending := pollFD(uintptr(fd)); !left || !pending {
+				return nil
+			}
+			if n, err := unix.Read(fd, buf); n <= 0 && err != unix.EINTR {
+				return err
+			}
+		}
+	})
 }
 
 // drain waits until the programs have read everything, which hanging up would

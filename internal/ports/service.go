@@ -235,7 +235,10 @@ func (s *Service) show(ctx context.Context, p *console.Port) (wait time.Duration
 	s.mu.Lock()
 	e.file, e.settings, e.cancel, e.done = file, set, cancel, make(chan struct{})
 	s.mu.Unlock()
-	s.runs.Go(func() { s.run(ctx, e) })
+	s.runs.Go(func() {
+		defer cancel() // nobody else does when it ends by itself
+		s.run(ctx, e)
+	})
 	return 0
 }
 

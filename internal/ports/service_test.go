@@ -2,11 +2,13 @@ package ports
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"net"
 	"os"
 	"path/filepath"
 	"slices"
+	"sync/atomic"
 	"testing"
 
 	"github.com/ivshmem-go/ivshmem"
@@ -195,14 +197,67 @@ func TestDirectoryComesAndGoes(t *testing.T) {
 
 func TestDirectoryRefused(t *testing.T) {
 	t.Parallel()
-	open := tempDir(t)
+	open, group, others := tempDir(t), tempDir(t), tempDir(t)
 	os.Chmod(open, 0o777)
+	os.Chmod(group, 0o770)
+	os.Chmod(others, 0o702)
 	file := filepath.Join(tempDir(t), "file")
 	os.WriteFile(file, nil, 0o600)
-	for _, dir := range []string{open, file, filepath.Join(file, "x"), "/tmp/" + string(bytes.Repeat([]byte("x"), 60))} {
+	for _, dir := range []string{open, group, others, file, filepath.Join(file, "x"), "/tmp/" + string(bytes.Repeat([]byte("x"), 60))} {
 		if s, err := New(Config{Dir: dir}); err == nil {
 			s.Close()
 			t.Errorf("%s: accepted", dir)
 		}
 	}
+}
+
+// parent is a context that counts those that are made of it and not cancelled.
+type parent struct {
+	context.Context
+	children atomic.Int32
+}
+
+func (p *parent) Value(any) any { return nil } // so that AfterFunc is asked
+
+func (p *parent) AfterFunc(f func()) func() bool {
+	p.children.Add(1)
+	stop := context.AfterFunc(p.Context, f)
+	return func() bool {
+		p.children.Add(-1)
+		return stop()
+	}
+}
+
+// A port whose file is not served any more, whatever the reason, leaves nothing
+// behind in the service.
+func TestContextsEnd(t *testing.T) {
+	t.Parallel()
+	b := newBoth(t, console.Config{}, Config{}, log, console.PortConfig{Name: "bad"})
+	s, err := New(Config{Dir: tempDir(t), Settings: map[string]Settings{"bad": {Form: "none"}},
+		Ready: func(string) {}, Gone: func(string) {}, Failed: func(error) {}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	ctx, cancel := context.WithCancel(b.ctx)
+	family := &parent{Context: ctx}
+	s.Use(b.driver)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		s.Run(family)
+	}()
+	defer func() {
+		cancel()
+		<-ended
+	}()
+	b.eventually("one served, one failed", func() bool {
+		good, bad := false, false
+		for _, st := range s.List() {
+			good = good || st.Name == "log" && st.Path != ""
+			bad = bad || st.Name == "bad" && st.Error != ""
+		}
+		return good && bad
+	})
+	b.eventually("the context of the one that is served", func() bool { return family.children.Load() == 1 })
 }

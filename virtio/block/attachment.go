@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"time"
 
 	"github.com/ivshmem-go/ivshmem"
 	"github.com/ivshmem-go/ivshmem/virtio"
@@ -26,9 +27,10 @@ type Attachment struct {
 	told func(error)
 	identity
 
-	mu   sync.RWMutex
-	disk *Disk // never nil
-	err  error // why there is none any more
+	mu    sync.RWMutex
+	disk  *Disk         // never nil
+	err   error         // why there is none any more
+	pause time.Duration // before it was opened; 0 once an access was done
 }
 
 // identity is what a disk is known by.
@@ -50,8 +52,8 @@ func identify(d *Disk) (i identity, err error) {
 
 // Attach takes the disk at the other end of the link into use, and waits until
 // there is one. Whenever its back-end is gone it tells why; and nil when there
-// is one again. When the context ends, accesses that wait for a back-end fail,
-// and so does what would have to.
+// is one again that does what it is asked to. When the context ends, accesses
+// that wait for a back-end fail, and so does what would have to.
 func Attach(ctx context.Context, dev *ivshmem.Device, told func(error)) (*Attachment, error) {
 	a := &Attachment{ctx: ctx, dev: dev, told: told}
 	var err error
@@ -59,24 +61,57 @@ func Attach(ctx context.Context, dev *ivshmem.Device, told func(error)) (*Attach
 	if err != nil {
 		return nil, err
 	}
+	a.pause = 0
 	return a, nil
 }
 
 // open opens a disk whose back-end stays for long enough to say what it is.
 func (a *Attachment) open() (*Disk, identity, error) {
 	for {
-		d, err := Open(a.ctx, a.dev)
-		if err == nil {
-			var i identity
-			if i, err = identify(d); err == nil {
-				return d, i, nil
-			}
-			d.Close()
+		d, i, err := a.try()
+		if !passes(err) {
+			return d, i, err
 		}
-		if !errors.Is(err, virtio.ErrBackEndGone) {
+		if err := a.wait(); err != nil {
 			return nil, identity{}, err
 		}
 	}
+}
+
+// try opens a disk and asks it what it is.
+func (a *Attachment) try() (*Disk, identity, error) {
+	d, err := Open(a.ctx, a.dev)
+	if err != nil {
+		return nil, identity{}, err
+	}
+	// It may never answer.
+	stop := context.AfterFunc(a.ctx, func() { d.Close() })
+	i, err := identify(d)
+	stop()
+	if a.ctx.Err() != nil {
+		err = context.Cause(a.ctx)
+	}
+	if err != nil {
+		d.Close()
+		return nil, identity{}, err
+	}
+	return d, i, nil
+}
+
+const (
+	shortestPause = time.Millisecond
+	longestPause  = 100 * time.Millisecond
+)
+
+// wait waits before a disk is opened once more, for longer each time until an
+// access is done. It fails when the context ends. Only one at a time calls it.
+func (a *Attachment) wait() error {
+	a.pause = min(max(2*a.pause, shortestPause), longestPause)
+	select {
+	case <-time.After(a.pause):
+	case <-a.ctx.Done():
+	}
+	return context.Cause(a.ctx)
 }
 
 // passes reports whether another back-end may help.
@@ -88,13 +123,16 @@ func passes(err error) bool {
 func (a *Attachment) do(f func(*Disk) error) error {
 	for {
 		a.mu.RLock()
-		d, err := a.disk, a.err
+		d, err, again := a.disk, a.err, a.pause > 0
 		a.mu.RUnlock()
 		if err != nil {
 			return err
 		}
 		// What somebody else has closed, who came first, is gone as well.
 		if err = f(d); !passes(err) && !errors.Is(err, os.ErrClosed) {
+			if again {
+				a.works(d)
+			}
 			return err
 		}
 		if err := a.again(d, err); err != nil {
@@ -111,8 +149,15 @@ func (a *Attachment) again(old *Disk, why error) error {
 		return a.err
 	}
 	old.Close()
-	a.told(why)
-	d, i, err := a.open()
+	if a.pause == 0 {
+		a.told(why)
+	}
+	var d *Disk
+	var i identity
+	err := a.wait()
+	if err == nil {
+		d, i, err = a.open()
+	}
 	if err == nil && i != a.identity {
 		d.Close()
 		err = fmt.Errorf("%w: expected serial number %q, %d bytes, read-only %v; found %q, %d bytes, read-only %v",
@@ -123,8 +168,17 @@ func (a *Attachment) again(old *Disk, why error) error {
 		return err
 	}
 	a.disk = d
-	a.told(nil)
 	return nil
+}
+
+// works takes note that a disk that was opened once more does accesses.
+func (a *Attachment) works(d *Disk) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.disk == d && a.pause > 0 {
+		a.pause = 0
+		a.told(nil)
+	}
 }
 
 // Size is the size in bytes.

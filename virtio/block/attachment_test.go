@@ -3,12 +3,14 @@ package block_test
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"os"
 	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/ivshmem-go/ivshmem"
 	"github.com/ivshmem-go/ivshmem/ivshmemtest"
@@ -174,6 +176,147 @@ func TestAttachmentEnds(t *testing.T) {
 	<-gone
 	cancel()
 	if err := <-ended; !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+}
+
+// fickle is a disk of a sector of zeros, from the virtio specification, that
+// does not do all requests.
+type fickle struct {
+	dev *ivshmem.Device
+	// does decides on a request by its type.
+	does func(request uint32) verdict
+}
+
+type verdict int
+
+const (
+	done verdict = iota
+	needsReset
+	silent
+)
+
+func (f *fickle) run(ctx context.Context, s *virtio.Session) error {
+	q := s.Queue(0)
+	for {
+		c, err := q.Next(ctx)
+		if err != nil {
+			return err
+		}
+		var h [4]byte
+		if _, err := c.ReadAt(h[:], 0); err != nil {
+			return err
+		}
+		switch f.does(binary.LittleEndian.Uint32(h[:])) {
+		case done:
+			if _, err := c.Write(make([]byte, c.Writable())); err != nil {
+				return err
+			}
+			if err := q.Push(c, c.Writable()); err != nil {
+				return err
+			}
+		case needsReset:
+			rw := f.dev.Sections().ReadWrite
+			rw.Store32(0x44, 0x4f) // device_status
+			rw.Store8(0x40, 1)     // config_event
+			if err := f.dev.Ring(1, 0); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// serveFickle serves a disk and returns the front-end's device.
+func serveFickle(t *testing.T, does func(uint32) verdict) *ivshmem.Device {
+	t.Helper()
+	peers := ivshmemtest.Peers(t, link.Config{Peers: 2, Vectors: 2, Protocol: 0x8002, ReadWrite: 256 << 10})
+	f := &fickle{dev: peers[0], does: does}
+	config := make([]byte, 8)
+	config[0] = 1 // capacity
+	b, err := virtio.NewBackEnd(peers[0], virtio.Device{ID: 2, Queues: []int{32}, Config: config, Run: f.run})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	served := make(chan error, 1)
+	go func() { served <- b.Serve(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
+	})
+	return peers[1]
+}
+
+const getID = 8 // VIRTIO_BLK_T_GET_ID
+
+// A disk that asks for a reset is opened again, also when it is asked what it
+// is.
+func TestAttachmentReset(t *testing.T) {
+	t.Parallel()
+	var requests atomic.Int32
+	dev := serveFickle(t, func(uint32) verdict {
+		if requests.Add(1) <= 3 {
+			return needsReset
+		}
+		return done
+	})
+	a, err := block.Attach(t.Context(), dev, func(err error) { t.Errorf("told %v", err) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	if _, err := a.ReadAt(make([]byte, 512), 0); err != nil {
+		t.Error(err)
+	}
+}
+
+// A disk that asks for a reset at each access is opened again and again, but not
+// without a pause; what it does is told once.
+func TestAttachmentResets(t *testing.T) {
+	t.Parallel()
+	var tries atomic.Int32
+	const most = 10
+	dev := serveFickle(t, func(request uint32) verdict {
+		if request != getID && tries.Add(1) <= most {
+			return needsReset
+		}
+		return done
+	})
+	var told []error
+	a, err := block.Attach(t.Context(), dev, func(err error) { told = append(told, err) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	for range 2 {
+		start := time.Now()
+		told = nil
+		if _, err := a.ReadAt(make([]byte, 512), 0); err != nil {
+			t.Fatal(err)
+		}
+		if len(told) != 2 || !errors.Is(told[0], virtio.ErrNeedsReset) || told[1] != nil {
+			t.Errorf("told %v", told)
+		}
+		// The sum of 1 to 64 ms, each twice the one before, and 100 ms.
+		if took := time.Since(start); took < 427*time.Millisecond {
+			t.Errorf("%d tries in %v", most, took)
+		}
+		tries.Store(0)
+	}
+}
+
+// The end of the context ends who waits for a disk that is there, and does not
+// say what it is.
+func TestAttachmentSilent(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithCancel(t.Context())
+	dev := serveFickle(t, func(uint32) verdict {
+		cancel()
+		return silent
+	})
+	if _, err := block.Attach(ctx, dev, func(error) {}); !errors.Is(err, context.Canceled) {
 		t.Error(err)
 	}
 }
