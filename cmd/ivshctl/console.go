@@ -102,6 +102,7 @@ func (p *program) withConsole(c *cli.Context, d *ivshmem.Device, use func(contex
 			cancel(device.Serve(ctx))
 		}()
 		err = use(ctx, port, device.Resize)
+		flush(ctx, port)
 		cancel(err)
 		<-served
 		return interrupted(context.Cause(ctx))
@@ -119,11 +120,20 @@ func (p *program) withConsole(c *cli.Context, d *ivshmem.Device, use func(contex
 	port, err := findPort(ctx, driver, name)
 	if err == nil {
 		err = use(ctx, port, nil)
+		flush(ctx, port)
 	}
 	if ctx.Err() != nil {
 		err = context.Cause(ctx)
 	}
 	return interrupted(err)
+}
+
+// flush gives the other side a moment to take what was written: it goes with the
+// console.
+func flush(ctx context.Context, p *console.Port) {
+	ctx, cancel := context.WithTimeout(ctx, lastWords)
+	defer cancel()
+	p.Flush(ctx)
 }
 
 // findPort waits for a port with a name, or a console.

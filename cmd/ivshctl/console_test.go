@@ -38,6 +38,12 @@ type terminal struct {
 // inTerminal runs ivshctl in a terminal.
 func inTerminal(t *testing.T, args ...string) *terminal {
 	t.Helper()
+	return inTerminalTo(t, nil, args...)
+}
+
+// inTerminalTo is inTerminal with another standard output, unless that is nil.
+func inTerminalTo(t *testing.T, out *os.File, args ...string) *terminal {
+	t.Helper()
 	x := &terminal{T: t, cmd: exec.Command("ivshctl", args...)}
 	var err error
 	if x.master, x.slave, err = pty.Open(); err != nil {
@@ -49,6 +55,9 @@ func inTerminal(t *testing.T, args ...string) *terminal {
 	x.before = x.modes()
 	x.cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0")
 	x.cmd.Stdin, x.cmd.Stdout, x.cmd.Stderr = x.slave, x.slave, x.slave
+	if out != nil {
+		x.cmd.Stdout = out
+	}
 	x.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
 	if err := x.cmd.Start(); err != nil {
 		t.Fatal(err)

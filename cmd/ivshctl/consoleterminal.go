@@ -81,8 +81,22 @@ type session struct {
 // take them; the escape key works all the same.
 const typed = 256
 
-// lastWords is how long what was typed before the escape key may take.
+// lastWords is how long what is on its way at the end may take: what was typed
+// before the escape key, and what has arrived.
 const lastWords = time.Second
+
+// briefly does something that may take for ever, and waits for lastWords at most.
+func briefly(do func()) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		do()
+	}()
+	select {
+	case <-done:
+	case <-time.After(lastWords):
+	}
+}
 
 // errEscape and errInput are the ends of a session that are none of the line's.
 var (
@@ -98,6 +112,10 @@ func (s *session) run(ctx context.Context) (err error) {
 	hup, stop := signal.NotifyContext(ctx, unix.SIGHUP, unix.SIGQUIT)
 	defer stop()
 	defer context.AfterFunc(hup, func() { cancel(errors.New("ended by a signal")) })()
+	// Who reads standard output may leave. That is an error of Write then, and not
+	// the end of the program with the terminal as it is.
+	signal.Ignore(unix.SIGPIPE)
+	defer signal.Reset(unix.SIGPIPE)
 	closed := context.AfterFunc(ctx, func() { s.line.Close() })
 	defer func() {
 		if closed() {
@@ -130,7 +148,17 @@ func (s *session) run(ctx context.Context) (err error) {
 			s.line.closeWrite()
 		}
 	}()
-	_, err = io.Copy(struct{ io.Writer }{s.out}, counted{s})
+	copied := make(chan error, 1)
+	go func() {
+		defer s.repair()
+		_, err := io.Copy(struct{ io.Writer }{s.out}, counted{s})
+		copied <- err
+	}()
+	select {
+	case err = <-copied:
+	case <-ctx.Done():
+		briefly(func() { <-copied }) // standard output may take nothing
+	}
 	if ctx.Err() != nil {
 		err = context.Cause(ctx)
 		switch err {
@@ -162,10 +190,11 @@ func (c counted) Read(b []byte) (int, error) {
 // raw puts the terminal into raw mode and follows its size.
 func (s *session) raw(ctx context.Context, keys *os.File) error {
 	fd := int(keys.Fd())
+	// The other side has chosen the name.
 	if s.escape >= 0 {
-		fmt.Fprintf(s.err, "%s: %s leaves\n", s.name, escapeName(s.escape))
+		fmt.Fprintf(s.err, "%q: %s leaves\n", s.name, escapeName(s.escape))
 	} else {
-		fmt.Fprintln(s.err, s.name)
+		fmt.Fprintf(s.err, "%q\n", s.name)
 	}
 	state, err := term.MakeRaw(fd)
 	if err != nil {
@@ -173,7 +202,7 @@ func (s *session) raw(ctx context.Context, keys *os.File) error {
 	}
 	s.restore = func() {
 		term.Restore(fd, state)
-		fmt.Fprintln(s.err)
+		briefly(func() { fmt.Fprintln(s.err) }) // it may have been stopped
 	}
 	if s.line.resize == nil {
 		return nil
@@ -217,6 +246,14 @@ func (s *session) repair() {
 // dropped.
 func (s *session) keys(ctx context.Context, in io.Reader) error {
 	waiting, written := make(chan []byte, typed), make(chan struct{})
+	bell := make(chan struct{}, 1)
+	defer close(bell)
+	go func() {
+		defer s.repair()
+		for range bell {
+			io.WriteString(s.out, "\a") // which may take nothing
+		}
+	}()
 	go func() {
 		defer s.repair()
 		defer close(written)
@@ -241,15 +278,15 @@ func (s *session) keys(ctx context.Context, in io.Reader) error {
 			select {
 			case waiting <- append([]byte(nil), b...):
 			default:
-				io.WriteString(s.out, "\a")
+				select {
+				case bell <- struct{}{}:
+				default:
+				}
 			}
 		}
 		if left {
 			close(waiting)
-			select {
-			case <-written:
-			case <-time.After(lastWords):
-			}
+			briefly(func() { <-written })
 			return errEscape
 		}
 		if err != nil {

@@ -5,10 +5,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode/utf16"
+	"unicode/utf8"
 
 	"github.com/urfave/cli/v2"
 
@@ -197,6 +201,9 @@ func (p *program) servePorts(ctx context.Context, d *ivshmem.Device, config cons
 	if err != nil {
 		return err
 	}
+	if queues := 2*config.MaxPorts + 2; config.Wire == console.Multiport && config.MaxPorts > 1 && d.Vectors() >= queues {
+		p.warn(fmt.Errorf("the link has %d vectors: Linux's driver cannot use %d ports with %d vectors or more: serve the link with --vectors 2", d.Vectors(), config.MaxPorts, queues))
+	}
 	for _, spec := range named {
 		if _, err := device.AddPort(spec.PortConfig); err != nil {
 			return fmt.Errorf("port %s: %w", spec.Name, err)
@@ -218,13 +225,17 @@ func (p *program) servePorts(ctx context.Context, d *ivshmem.Device, config cons
 
 // followPorts is the driver's side. Devices come and go.
 func (p *program) followPorts(ctx context.Context, d *ivshmem.Device, config console.Config, s *ports.Service) error {
-	defer p.answerControl(ctx, s)()
+	ctx, cancel := context.WithCancel(ctx)
+	answered := p.answerControl(ctx, s)
+	defer func() {
+		cancel()
+		answered()
+	}()
 	for {
 		driver, err := console.Open(ctx, d, config)
-		var violation *virtio.ViolationError
 		switch {
-		case errors.As(err, &violation):
-			p.warn(err)
+		case ofDevice(err):
+			p.warn(fmt.Errorf("%w: waiting for the next device", err))
 		case err != nil:
 			return interrupted(err)
 		default:
@@ -249,6 +260,14 @@ func (p *program) followPorts(ctx context.Context, d *ivshmem.Device, config con
 	}
 }
 
+// ofDevice reports whether the device at the other end is to blame for an error:
+// the next one may do better.
+func ofDevice(err error) bool {
+	var violation *virtio.ViolationError
+	var message *console.MessageError
+	return errors.As(err, &violation) || errors.As(err, &message) || errors.Is(err, virtio.ErrBackEndGone) || errors.Is(err, virtio.ErrNeedsReset)
+}
+
 func (p *program) portsListCommand() *cli.Command {
 	return command(0, &cli.Command{
 		Name: "list", Usage: "show the ports in a directory",
@@ -263,7 +282,7 @@ Example: ivshctl ports list`,
 				return err
 			}
 			if c.Bool("json") {
-				return json.NewEncoder(p.out).Encode(all)
+				return printNames(p.out, all)
 			}
 			open := map[bool]string{true: "open", false: "closed"}
 			w := tabwriter.NewWriter(p.out, 0, 0, 2, ' ', 0)
@@ -334,6 +353,27 @@ Example: ivshctl ports rename org.example.log org.example.trace`,
 			return p.askPath(portsDir(c), controlRequest{Do: "rename", Name: c.Args().Get(0), New: c.Args().Get(1)})
 		},
 	})
+}
+
+// printNames prints JSON with names that the other side chose: nothing in them is
+// for the terminal, which may take U+009B for the beginning of a command.
+func printNames(w io.Writer, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	var out []byte
+	for _, r := range string(b) {
+		if strconv.IsPrint(r) {
+			out = utf8.AppendRune(out, r)
+			continue
+		}
+		for _, u := range utf16.AppendRune(nil, r) {
+			out = fmt.Appendf(out, `\u%04x`, u)
+		}
+	}
+	_, err = w.Write(append(out, '\n'))
+	return err
 }
 
 // askPath asks for something that ends in a path, and prints that.

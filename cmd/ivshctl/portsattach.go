@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -65,12 +67,8 @@ const attachPace = 20 * time.Millisecond
 
 // openPort opens a port's file, and waits for it to be there.
 func openPort(ctx context.Context, dir, name string) (*line, error) {
-	files := []string{ports.File(name, 0)}
-	if _, ok := ports.Name(name); ok {
-		files = append(files, name)
-	}
 	for {
-		for _, f := range files {
+		for _, f := range filesOf(name) {
 			l, err := openFile(dir, filepath.Join(dir, f), name)
 			if l != nil || !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ECONNREFUSED) && !errors.Is(err, unix.EIO) && !errors.Is(err, unix.ENXIO) {
 				return l, err
@@ -84,6 +82,19 @@ func openPort(ctx context.Context, dir, name string) (*line, error) {
 	}
 }
 
+// mostFileName is how long a file's name may be (NAME_MAX).
+const mostFileName = 255
+
+// filesOf are the files that may be meant: that of a port with the name, and the
+// one that has the name itself.
+func filesOf(name string) []string {
+	files := []string{ports.File(name, 0)}
+	if name != "" && name[0] != '.' && !strings.Contains(name, "/") && len(name) <= mostFileName && name != files[0] {
+		files = append(files, name)
+	}
+	return files
+}
+
 func openFile(dir, path, name string) (*line, error) {
 	st, err := os.Stat(path)
 	if err != nil {
@@ -94,7 +105,13 @@ func openFile(dir, path, name string) (*line, error) {
 		if err != nil {
 			return nil, err
 		}
-		return &line{ReadWriteCloser: f, resize: func(s console.Size) {
+		port := io.ReadWriteCloser(f)
+		if !isTerminal(f) {
+			port = &charDevice{f, func() bool {
+				return listed(dir, name, func(s ports.Status) bool { return s.OpenThere })
+			}}
+		}
+		return &line{ReadWriteCloser: port, resize: func(s console.Size) {
 			if c, err := f.SyscallConn(); err == nil {
 				c.Control(func(fd uintptr) {
 					unix.IoctlSetWinsize(int(fd), unix.TIOCSWINSZ, &unix.Winsize{Row: s.Rows, Col: s.Cols})
@@ -110,6 +127,41 @@ func openFile(dir, path, name string) (*line, error) {
 	return &line{ReadWriteCloser: c, closeWrite: c.CloseWrite, resize: func(s console.Size) {
 		askPorts(dir, controlRequest{Do: "resize", Name: name, Size: &s})
 	}}, nil
+}
+
+// isTerminal leaves the file as it is, so that Close ends a Read.
+func isTerminal(f *os.File) (is bool) {
+	if c, err := f.SyscallConn(); err == nil {
+		c.Control(func(fd uintptr) {
+			_, err := unix.IoctlGetTermios(int(fd), unix.TCGETS)
+			is = err == nil
+		})
+	}
+	return is
+}
+
+// charDevice is a character device, which has an end of file also before the
+// other side opens the port.
+type charDevice struct {
+	io.ReadWriteCloser
+	there func() bool // the other side has it open; nil: it had
+}
+
+func (c *charDevice) Read(b []byte) (int, error) {
+	for {
+		// Asked before: of what was open then the end of file is the end.
+		if c.there != nil && c.there() {
+			c.there = nil
+		}
+		n, err := c.ReadWriteCloser.Read(b)
+		if n > 0 {
+			c.there = nil
+		}
+		if err != io.EOF || c.there == nil {
+			return n, err
+		}
+		time.Sleep(attachPace)
+	}
 }
 
 // listed reports whether something is so of a port.

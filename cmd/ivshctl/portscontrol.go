@@ -44,50 +44,76 @@ type controlAnswer struct {
 const (
 	// mostRequest is how many bytes of a request are read.
 	mostRequest = 64 << 10
-	// mostAsking is how many are answered at a time; others wait.
+	// mostAsking is how many are answered at a time: those who may ask for
+	// everything, and as many others.
 	mostAsking = 16
+	// requestPatience is for how long a request is waited for.
+	requestPatience = time.Second
 )
 
 // answerControl answers until the context ends. What it returns waits for that.
 func (p *program) answerControl(ctx context.Context, s *ports.Service) (wait func()) {
 	ended := make(chan struct{})
-	places := make(chan struct{}, mostAsking)
 	go func() {
 		defer close(ended)
-		err := sockpath.Accept(ctx, s.Control(), p.warn, func(conn *net.UnixConn) {
-			select {
-			case places <- struct{}{}:
-			case <-ctx.Done():
-				conn.Close()
-				return
-			}
-			go func() {
-				defer func() { <-places }()
-				defer conn.Close()
-				conn.SetDeadline(time.Now().Add(controlPatience))
-				var r controlRequest
-				if err := json.NewDecoder(io.LimitReader(conn, mostRequest)).Decode(&r); err != nil {
-					return
-				}
-				ctx, cancel := context.WithTimeout(ctx, controlPatience/2)
-				defer cancel()
-				json.NewEncoder(conn).Encode(answer(ctx, s, conn, r))
-			}()
-		})
-		if err != nil {
+		if err := answerAll(ctx, s, p.warn, mayAll, requestPatience); err != nil {
 			p.warn(err)
 		}
 	}()
 	return func() { <-ended }
 }
 
-func answer(ctx context.Context, s *ports.Service, conn *net.UnixConn, r controlRequest) (a controlAnswer) {
+// mayAll reports whether who connected may ask for everything.
+func mayAll(conn *net.UnixConn) bool {
+	cred, err := fdpass.PeerCredentials(conn)
+	return err == nil && (cred.Uid == 0 || cred.Uid == uint32(os.Geteuid()))
+}
+
+// answerAll answers who connects and asks within patience. Those who may ask for
+// the list only cannot keep the others from being answered: where none of their
+// places is free they are told so.
+func answerAll(ctx context.Context, s *ports.Service, failed func(error), mayAll func(*net.UnixConn) bool, patience time.Duration) error {
+	own, others := make(chan struct{}, mostAsking), make(chan struct{}, mostAsking)
+	return sockpath.Accept(ctx, s.Control(), failed, func(conn *net.UnixConn) {
+		places, all := others, mayAll(conn)
+		if all {
+			places = own
+		}
+		if !all && len(places) == cap(places) {
+			conn.SetDeadline(time.Now().Add(patience))
+			json.NewEncoder(conn).Encode(controlAnswer{Error: "too many users ask at a time: try again", Exit: exitBusy})
+			conn.Close()
+			return
+		}
+		select {
+		case places <- struct{}{}:
+		case <-ctx.Done():
+			conn.Close()
+			return
+		}
+		go func() {
+			defer func() { <-places }()
+			defer conn.Close()
+			conn.SetDeadline(time.Now().Add(patience))
+			var r controlRequest
+			if err := json.NewDecoder(io.LimitReader(conn, mostRequest)).Decode(&r); err != nil {
+				return
+			}
+			conn.SetDeadline(time.Now().Add(controlPatience))
+			ctx, cancel := context.WithTimeout(ctx, controlPatience/2)
+			defer cancel()
+			json.NewEncoder(conn).Encode(answer(ctx, s, all, r))
+		}()
+	})
+}
+
+func answer(ctx context.Context, s *ports.Service, mayAll bool, r controlRequest) (a controlAnswer) {
 	if r.Do == "list" {
 		a.Ports = s.List()
 		return a
 	}
-	cred, err := fdpass.PeerCredentials(conn)
-	if err == nil && cred.Uid != 0 && cred.Uid != uint32(os.Geteuid()) {
+	var err error
+	if !mayAll {
 		err = fmt.Errorf("the ports are served by another user: run as root: %w", fs.ErrPermission)
 	}
 	if err == nil {
@@ -148,11 +174,9 @@ func askPorts(dir string, r controlRequest) (a controlAnswer, err error) {
 	}
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(controlPatience))
-	if err := json.NewEncoder(conn).Encode(r); err != nil {
-		return a, err
-	}
+	asked := json.NewEncoder(conn).Encode(r) // it may have been refused before
 	if err := json.NewDecoder(conn).Decode(&a); err != nil {
-		return a, fmt.Errorf("%s: %w", path, err)
+		return a, fmt.Errorf("%s: %w", path, errors.Join(asked, err))
 	}
 	if a.Error != "" {
 		return a, &controlError{a.Error, a.Exit}
