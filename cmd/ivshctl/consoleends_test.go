@@ -95,9 +95,7 @@ func TestOutputCloses(t *testing.T) {
 			r.Close()
 			x.link.say(x.port, "for nobody")
 			x.ended(exitFailed)
-			if !x.shows("broken pipe") {
-				t.Errorf("the screen shows %q", x.text())
-			}
+			x.until("the reason", func() bool { return x.shows("broken pipe") })
 		})
 	}
 }

@@ -35,9 +35,7 @@ func TestFollowPortsEnds(t *testing.T) {
 		l.open(0)
 		x := inTerminal(t, "ports", "serve", "-d", l.path, "--dir", shortDir(t), "--max-ports", "200")
 		x.ended(exitFailed)
-		if !x.shows("200") {
-			t.Errorf("the screen shows %q", x.text())
-		}
+		x.until("the reason", func() bool { return x.shows("200") })
 	})
 	for _, device := range []bool{false, true} {
 		t.Run(fmt.Sprint("the link ends, device ", device), func(t *testing.T) {
