@@ -227,6 +227,16 @@ func TestLastWordsArrive(t *testing.T) {
 	})
 }
 
+func TestShown(t *testing.T) {
+	for name, want := range map[string]string{
+		"org.example.log": "org.example.log", "größe 2": "größe 2", "": "", "\x1b[2J": `"\x1b[2J"`, "\u009b2J": `"\u009b2J"`, `a"b`: `"a\"b"`,
+	} {
+		if got := shown(name); got != want {
+			t.Errorf("%q: %s, want %s", name, got, want)
+		}
+	}
+}
+
 // The other side's name for a port does nothing to the terminal.
 func TestHostileNameShown(t *testing.T) {
 	t.Parallel()

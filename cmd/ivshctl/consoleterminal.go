@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -192,7 +193,7 @@ func (s *session) raw(ctx context.Context, keys *os.File) error {
 	fd := int(keys.Fd())
 	// The other side has chosen the name.
 	if s.escape >= 0 {
-		fmt.Fprintf(s.err, "%q: %s leaves\n", s.name, escapeName(s.escape))
+		fmt.Fprintf(s.err, "%s: %s leaves\n", shown(s.name), escapeName(s.escape))
 	} else {
 		fmt.Fprintf(s.err, "%q\n", s.name)
 	}
@@ -293,4 +294,13 @@ func (s *session) keys(ctx context.Context, in io.Reader) error {
 			return fmt.Errorf("the terminal: %w", err)
 		}
 	}
+}
+
+// shown is a name of the other side's as a terminal may show it: quoted where it
+// has something that a terminal might obey.
+func shown(name string) string {
+	if q := strconv.Quote(name); q != `"`+name+`"` {
+		return q
+	}
+	return name
 }
