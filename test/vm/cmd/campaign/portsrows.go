@@ -186,9 +186,7 @@ func (p *portPair) removed() string {
 	p.sh(0, "ivshctl ports remove late --dir "+portsDir+"; ivshctl ports remove last --dir "+portsDir)
 	for _, k := range []*talker{p.dev, p.drv} {
 		k.ends("ENODEV")
-		// The service has given the device up, so that its name is free.
-		k.until("read 10", "ENOTCONN")
-		k.calls("poll", "ERR", "write x", "ENOTCONN", "close", "close")
+		k.calls("poll", "HUP", "read 10", "ENODEV", "write x", "ENODEV", "close", "close")
 		k.until("open "+p.file(k.guest, "late"), "ENOENT")
 	}
 	return "while in use: ENODEV on both sides"
