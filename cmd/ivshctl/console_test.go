@@ -193,18 +193,41 @@ func (l *consoleLink) device() (d *console.Device, con, log *console.Port, stop 
 			l.Fatal(err)
 		}
 	}
+	return d, con, log, l.serve(d.Serve)
+}
+
+// serve lets a device serve until stop, or the end of the test.
+func (l *consoleLink) serve(f func(context.Context) error) (stop func()) {
 	ctx, cancel := context.WithCancel(l.ctx)
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		d.Serve(ctx)
+		f(ctx)
 	}()
 	stop = func() {
 		cancel()
 		<-ended
 	}
 	l.Cleanup(stop)
-	return d, con, log, stop
+	return stop
+}
+
+// driver is the port "con" at the other end, open.
+func (l *consoleLink) driver() *console.Port {
+	l.Helper()
+	d, err := console.Open(l.ctx, l.open(1), console.Config{})
+	if err != nil {
+		l.Fatal(err)
+	}
+	l.Cleanup(func() { d.Close() })
+	p, err := d.WaitPort(l.ctx, "con")
+	if err == nil {
+		err = p.Open()
+	}
+	if err != nil {
+		l.Fatal(err)
+	}
+	return p
 }
 
 func (l *consoleLink) say(p *console.Port, s string) {
@@ -419,18 +442,7 @@ func attachTerminal(t *testing.T, form string) {
 	defer os.RemoveAll(dir)
 	service := inTerminal(t, "ports", "serve", "-d", l.path, "--dir", dir, "--port", "con,console,as="+form)
 	service.until("ready", func() bool { return service.shows("ready") })
-	d, err := console.Open(l.ctx, l.open(1), console.Config{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer d.Close()
-	p, err := d.WaitPort(l.ctx, "con")
-	if err == nil {
-		err = p.Open()
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	p := l.driver()
 	x := inTerminal(t, "ports", "attach", "--dir", dir, "con")
 	x.raw()
 	l.say(p, "login: ")
@@ -465,18 +477,7 @@ func TestTypedToNobody(t *testing.T) {
 	if n, err := open.Write([]byte("x")); n != 1 || err != nil {
 		t.Fatal(n, err)
 	}
-	d, err := console.Open(l.ctx, l.open(1), console.Config{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer d.Close()
-	p, err := d.WaitPort(l.ctx, "con")
-	if err == nil {
-		err = p.Open()
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	p := l.driver()
 	l.say(con, "y")
 	l.hear(p, "y")
 }

@@ -51,18 +51,7 @@ var shells = map[string]func(*testing.T, *os.File) shell{
 		dir := shortDir(t)
 		service := inTerminal(t, "ports", "serve", "-d", l.path, "--dir", dir, "--port", "con,console")
 		service.until("ready", func() bool { return service.shows("ready") })
-		d, err := console.Open(l.ctx, l.open(1), console.Config{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { d.Close() })
-		p, err := d.WaitPort(l.ctx, "con")
-		if err == nil {
-			err = p.Open()
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
+		p := l.driver()
 		return shell{inTerminalTo(t, out, "ports", "attach", "--dir", dir, "con"), l, p}
 	},
 }
@@ -249,16 +238,7 @@ func TestHostileNameShown(t *testing.T) {
 	if _, err := d.AddPort(console.PortConfig{Name: name, Console: true}); err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(l.ctx)
-	served := make(chan struct{})
-	go func() {
-		defer close(served)
-		d.Serve(ctx)
-	}()
-	defer func() {
-		cancel()
-		<-served
-	}()
+	l.serve(d.Serve)
 	// By its name, which comes a moment after the port.
 	x := inTerminal(t, "console", "-d", l.path, name)
 	x.raw()

@@ -191,11 +191,11 @@ func (c counted) Read(b []byte) (int, error) {
 // raw puts the terminal into raw mode and follows its size.
 func (s *session) raw(ctx context.Context, keys *os.File) error {
 	fd := int(keys.Fd())
-	// The other side has chosen the name.
+	name := shown(s.name)
 	if s.escape >= 0 {
-		fmt.Fprintf(s.err, "%s: %s leaves\n", shown(s.name), escapeName(s.escape))
+		fmt.Fprintf(s.err, "%s: %s leaves\n", name, escapeName(s.escape))
 	} else {
-		fmt.Fprintf(s.err, "%q\n", s.name)
+		fmt.Fprintln(s.err, name)
 	}
 	state, err := term.MakeRaw(fd)
 	if err != nil {

@@ -77,19 +77,7 @@ func TestFollowPortsWaits(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	serve := func(f func(context.Context) error) (stop func()) {
-		ctx, cancel := context.WithCancel(l.ctx)
-		served := make(chan struct{})
-		go func() {
-			defer close(served)
-			f(ctx)
-		}()
-		return func() {
-			cancel()
-			<-served
-		}
-	}
-	stop := serve(hostile.Serve)
+	stop := l.serve(hostile.Serve)
 	dir := shortDir(t)
 	x := inTerminal(t, "ports", "serve", "-d", l.path, "--dir", dir)
 	x.until("a warning", func() bool {
@@ -103,7 +91,7 @@ func TestFollowPortsWaits(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer serve(d.Serve)()
+	l.serve(d.Serve)
 	x.until("ready", func() bool { return x.shows("ready " + dir + "/good") })
 }
 

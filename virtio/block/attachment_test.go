@@ -237,15 +237,7 @@ func serveFickle(t *testing.T, does func(uint32) verdict) *ivshmem.Device {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	served := make(chan error, 1)
-	go func() { served <- b.Serve(ctx) }()
-	t.Cleanup(func() {
-		cancel()
-		if err := <-served; err != nil {
-			t.Error(err)
-		}
-	})
+	serve(t, b)
 	return peers[1]
 }
 

@@ -32,6 +32,19 @@ func newImage(t testing.TB, size int) string {
 	return path
 }
 
+// serve lets a back-end serve until the end of the test.
+func serve(t testing.TB, b *virtio.BackEnd) {
+	ctx, cancel := context.WithCancel(context.Background())
+	served := make(chan error, 1)
+	go func() { served <- b.Serve(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // newDisk serves a file, and opens it at the other end.
 func newDisk(t testing.TB, path string, rw uint64, c block.Config) *block.Disk {
 	t.Helper()
@@ -48,16 +61,8 @@ func newDisk(t testing.TB, path string, rw uint64, c block.Config) *block.Disk {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	served := make(chan error, 1)
-	go func() { served <- b.Serve(ctx) }()
-	t.Cleanup(func() {
-		cancel()
-		if err := <-served; err != nil {
-			t.Error(err)
-		}
-		f.Close()
-	})
+	t.Cleanup(func() { f.Close() })
+	serve(t, b)
 	disk, err := block.Open(t.Context(), peers[1])
 	if err != nil {
 		t.Fatal(err)
